@@ -1,0 +1,1 @@
+"""Turning LLaVA JSON into batches."""

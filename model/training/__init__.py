@@ -1,0 +1,1 @@
+"""Training: recipes, freezing, adapters, the trainer and the run itself."""

@@ -1,0 +1,280 @@
+"""What a training run is made of: the dataclasses that a recipe fills.
+
+The text under each field is its only documentation: ``igva train --help`` prints it, and the recipes in ``model/recipes`` leave
+to it what their short comments do not say.
+
+    recipe = load_recipe("recipe.yaml", ["--learning_rate=1e-4", "--data.path=data.json"])
+    recipe = TrainRecipe(name="mine", output_dir="runs/mine", stage=1, model=ModelSource(...), data=DataSource(...))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+LanguageModelTraining = Literal["frozen", "lora", "full"]
+Precision = Literal["auto", "fp32", "bf16"]
+AspectRatio = Literal["pad", "square"]
+InstructionPolicy = Literal["first_turn", "last_turn", "mean_of_turns"]
+Scheduler = Literal["cosine", "linear", "constant"]
+
+# Ten steps show every part of a run at work (data, loss, log, save) and no more.
+SMOKE_STEPS = 10
+
+
+@dataclass
+class ModelSource:
+    """Where the parts of the model come from: one checkpoint, or a vision tower and a language model."""
+
+    checkpoint: str | None = None
+    """Folder or hub name of a saved IGVA model to go on from, such as the output of stage 1. It brings its processor and its
+    sentence encoder; the fields below that describe parts must then stay unset."""
+    vision_tower: str | None = None
+    """Folder or hub name of the vision tower (CLIP or DINOv2), for a new model."""
+    language_model: str | None = None
+    """Folder or hub name of the causal language model (Llama-like) and its tokenizer, for a new model."""
+    sentence_encoder: str | None = None
+    """Folder or hub name of the sentence-transformers model that embeds the instructions. It is saved with the checkpoint. Without
+    one a model trains and runs with uniform weights of the layer groups. With ``checkpoint``, it replaces the one found there."""
+    image_size: int | None = None
+    """Side in pixels to which images are resized; unset: what the vision tower was trained with."""
+    fusion: dict[str, Any] | None = None
+    """How the tower's layers are mixed: ``{type: igva, num_groups: 4, base: -2, order: fused_first}`` or ``{type: llava, layer:
+    -2}``. Unset: IGVA with four groups. The width of the instruction embedding is taken from the sentence encoder."""
+    token_pooling: int | None = None
+    """Side of the square of neighbouring image tokens that is averaged to one before the projector; 2 makes a quarter as many."""
+    projector_input_norm: bool = False
+    """LayerNorm before the projector: helps where the projector is small and trained from nothing."""
+    projector_output_norm: bool = False
+    """LayerNorm after the projector, scaled to the language model's word embeddings: same use."""
+
+
+@dataclass
+class DataSource:
+    """Where the samples come from and how they are turned into tensors."""
+
+    path: str
+    """LLaVA JSON file: a list of ``{"id", "image", "conversations"}``."""
+    image_folder: str | None = None
+    """Folder that the image paths of the file are relative to; unset: the folder of the file."""
+    eval_path: str | None = None
+    """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps."""
+    aspect_ratio: AspectRatio = "pad"
+    """``pad`` puts an image on a square of the mean colour; ``square`` stretches it to one."""
+    instruction_policy: InstructionPolicy = "first_turn"
+    """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all embeddings."""
+    instruction_cache: str | None = None
+    """Folder where embeddings of instructions are kept between runs; unset: ``instructions`` in the run's folder."""
+    chat_template: str | None = None
+    """Name of the processor's chat template to train with, or a file that holds one; unset: the one that the processor came with."""
+    max_length: int = 2048
+    """Longest sequence in tokens, image tokens included. A longer sample is cut at its end; where that would cut an image, or leave
+    nothing to learn, the run stops and names the sample."""
+    num_workers: int = 0
+    """Processes that read and prepare samples beside each training process; 0: the training process does it itself."""
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters in the language model (never in the tower, the allocator or the projector)."""
+
+    r: int = 128
+    """Rank of the adapters."""
+    alpha: int = 256
+    """Scale: the adapter's product is multiplied by alpha / r."""
+    dropout: float = 0.05
+    """Dropout in front of the adapters."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Linear layers that get an adapter, by the last part of their name (``[q_proj, v_proj]``), or all of the language model's."""
+
+
+@dataclass
+class TrainRecipe:
+    """One training run."""
+
+    name: str
+    """Name of the run, for logs and trackers."""
+    output_dir: str
+    """Folder of the finished checkpoint. It appears in one piece at the end; until then the run lives in ``OUTPUT_DIR.partial``."""
+    stage: Literal[1, 2]
+    """1: the projector learns, under the plain average of the layers. 2: projector, weight allocator and language model learn."""
+    model: ModelSource
+    """Where the parts of the model come from."""
+    data: DataSource
+    """Where the samples come from."""
+    language_model_training: LanguageModelTraining | None = None
+    """``frozen``, ``lora`` or ``full``; unset: frozen in stage 1 and full in stage 2."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapters, where ``language_model_training`` is ``lora``."""
+    balance_loss_weight: float = 0.0
+    """Weight of the balance term, the mean negative entropy of the group weights, in stage 2: it keeps all groups in use."""
+    legacy_double_softmax: bool = False
+    """Apply a second softmax in the balance term as the released IGVA code does; its effect is then some 19 times weaker."""
+    batch_size: int = 128
+    """Samples between two steps of the optimizer, over all devices."""
+    micro_batch_size: int = 8
+    """Samples in one forward pass on one device; gradients are accumulated until ``batch_size`` is reached."""
+    eval_batch_size: int | None = None
+    """Samples in one forward pass of the evaluation on one device; unset: ``micro_batch_size``."""
+    epochs: float = 1.0
+    """Passes over the data, unless ``max_steps`` is set."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides ``epochs``."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of everything that has none of its own below."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector."""
+    allocator_learning_rate: float | None = None
+    """Peak learning rate of the weight allocator."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; biases and norms are left out."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped; 0 switches it off."""
+    warmup: float = 0.03
+    """Share of the steps (below 1) or number of steps in which the learning rate rises from 0."""
+    scheduler: Scheduler = "cosine"
+    """Course of the learning rate after the warm-up."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward and backward pass; weights stay in fp32. ``auto``: bf16 on a GPU that has it; on a CPU a step is
+    timed in both and the faster one taken, as bf16 is twice as fast on some CPUs and twenty times slower on others."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, about a third more work."""
+    seed: int = 42
+    """Seed of the order of samples, of new weights and of dropout."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    save_every: int | None = None
+    """Steps between two intermediate checkpoints in ``OUTPUT_DIR.partial/checkpoints``, of which the newest is kept; unset: none."""
+    eval_every: int | None = None
+    """Steps between two evaluations on ``data.eval_path``; unset: only at the end."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers of transformers beside the JSONL log, such as ``tensorboard`` or ``wandb``."""
+    resume: bool = False
+    """Go on from the newest intermediate checkpoint in ``OUTPUT_DIR.partial``."""
+    overwrite: bool = False
+    """Replace what stands at ``output_dir``; without it a finished checkpoint is never touched."""
+    smoke: bool = False
+    """The same run cut to ten steps, into ``OUTPUT_DIR-smoke``, replacing an earlier smoke run."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_parts()
+
+    # ---- what the run derives from its fields ------------------------------------------------------------------------
+
+    @property
+    def resolved_language_model_training(self) -> LanguageModelTraining:
+        """How the language model is trained, with the stage's default filled in."""
+        return self.language_model_training or ("frozen" if self.stage == 1 else "full")
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the finished checkpoint goes: ``output_dir``, or beside it for a smoke run."""
+        folder = Path(self.output_dir)
+        return folder.with_name(folder.name + "-smoke") if self.smoke else folder
+
+    def accumulation_steps(self, num_processes: int = 1) -> int:
+        """Forward passes between two optimizer steps.
+
+        Raises:
+            ValueError: ``batch_size`` is no multiple of ``micro_batch_size * num_processes``.
+        """
+        per_pass = self.micro_batch_size * num_processes
+        if self.batch_size % per_pass:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size} x {num_processes} "
+                f"processes; set batch_size to a multiple of {per_pass}, or lower micro_batch_size"
+            )
+        return self.batch_size // per_pass
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to ``recipe.yaml`` in the checkpoint."""
+        return asdict(self)
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_choices(self) -> None:
+        _check_choice("stage", self.stage, (1, 2))
+        _check_choice("language_model_training", self.language_model_training, (None, *get_args(LanguageModelTraining)))
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("scheduler", self.scheduler, get_args(Scheduler))
+        _check_choice("data.aspect_ratio", self.data.aspect_ratio, get_args(AspectRatio))
+        _check_choice("data.instruction_policy", self.data.instruction_policy, get_args(InstructionPolicy))
+        if self.stage == 1 and self.resolved_language_model_training != "frozen":
+            raise ValueError(
+                f"language_model_training is {self.language_model_training!r} in stage 1, where only the projector learns; "
+                "leave it unset, or set stage to 2"
+            )
+
+    def _check_numbers(self) -> None:
+        positive = ("batch_size", "micro_batch_size", "eval_batch_size", "epochs", "max_steps", "learning_rate", "log_every")
+        for name in (*positive, "projector_learning_rate", "allocator_learning_rate", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("balance_loss_weight", "weight_decay", "max_grad_norm", "warmup"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.balance_loss_weight and self.stage == 1:
+            raise ValueError("balance_loss_weight is set in stage 1, where no weights are learned; set it in stage 2")
+        if self.eval_every and not self.data.eval_path:
+            raise ValueError("eval_every is set but data.eval_path is not; give a file of held-out samples")
+
+    def _check_parts(self) -> None:
+        source = self.model
+        new_model = ("vision_tower", "language_model", "image_size", "fusion", "token_pooling")
+        if source.checkpoint is None:
+            missing = [name for name in ("vision_tower", "language_model") if getattr(source, name) is None]
+            if missing:
+                raise ValueError(
+                    f"model.{missing[0]} is not set; give model.checkpoint, or both model.vision_tower and model.language_model"
+                )
+        else:
+            given = [name for name in new_model if getattr(source, name) is not None]
+            given += [name for name in ("projector_input_norm", "projector_output_norm") if getattr(source, name)]
+            if given:
+                raise ValueError(f"model.checkpoint already fixes model.{given[0]}; remove one of the two")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def recipe_parser(prog: str = "igva train RECIPE") -> ArgumentParser:
+    """The parser that reads a recipe file (``--recipe``) and one ``--key=value`` for each field."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    # The documentation of a field is the string below it: one source for help and code.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Fields of a recipe; each is also a flag.")
+    parser.add_argument("--recipe", action="config", help="YAML file with values for the fields below.")
+    parser.add_class_arguments(TrainRecipe)
+    return parser
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """Read a recipe file and apply ``--key=value`` overrides.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key that no field has, a missing field, or a value of the wrong type or range; the message names it.
+    """
+    from jsonargparse import ArgumentError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    parser = recipe_parser()
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args([f"--recipe={path}", *overrides]))
+    except ArgumentError as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+    values = {key: value for key, value in parsed.as_dict().items() if key != "recipe"}
+    return TrainRecipe(**values)
