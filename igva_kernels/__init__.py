@@ -1,0 +1,26 @@
+"""Fused kernels for mixing the layers of a vision transformer.
+
+    from igva_kernels import FusionPlan, fuse
+
+    plan = FusionPlan.igva(num_layers=24, num_groups=4)
+    fused = fuse(hidden_states, plan, weights, num_prefix_tokens=1)  # (B, N, 2*D)
+
+Importing this needs torch alone: neither triton nor a GPU nor transformers.
+"""
+
+from igva_kernels.functional import GroupMeans, fuse, group_summaries, mix, reduce_groups
+from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusionPlan",
+    "GroupMeans",
+    "Layer",
+    "Mean",
+    "Weighted",
+    "fuse",
+    "group_summaries",
+    "mix",
+    "reduce_groups",
+]

@@ -1,0 +1,197 @@
+"""The definition of "correct": plain torch, one formula a function, any dtype up to float64.
+
+Written to be read beside the paper, not to be fast. It computes in the dtype that :func:`accumulation_dtype` names, rounds
+once at the end, and gets its gradients from autograd, so that there is no second formula that could be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igva_kernels.plan import PLAIN, CopySlot, MixProgram
+
+# Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 (so that gradcheck means something), float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_supported(
+    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int
+) -> str | None:
+    """The reference runs everything: None."""
+    return None
+
+
+def weight_of_column(weights: Tensor, column: int) -> Tensor:
+    """Column k of weights (K,), (B, K) or (B, N, K), shaped to multiply a (B, N, D) map."""
+    selected = weights[..., column]
+    return selected.reshape(*selected.shape, *(1,) * (3 - selected.ndim))
+
+
+def fuse_forward(
+    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, save_means: bool
+) -> tuple[Tensor, Tensor]:
+    """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
+    dtype = states[0].dtype
+    means = _group_means(states, program, num_prefix_tokens)
+    slots = []
+    for slot in program.slots:
+        if isinstance(slot, CopySlot):
+            slots.append(states[slot.source][:, num_prefix_tokens:])
+            continue
+        total = torch.zeros_like(means[0])
+        for term in slot.terms:
+            mean = means[term.group]
+            if term.column != PLAIN:
+                mean = mean * weight_of_column(_required(weights).to(mean.dtype), term.column)
+            total = total + mean
+        slots.append(total.to(dtype))
+    out = torch.cat(slots, dim=-1)
+    saved = torch.stack(means[: program.num_weighted_groups]).to(dtype) if save_means else states[0].new_empty(0)
+    return out, saved
+
+
+def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> Tensor:
+    """The (G, B, N, D) means of all groups of the program."""
+    means = _group_means(states, program, num_prefix_tokens)
+    if not means:
+        batch, tokens, width = states[0].shape
+        return states[0].new_empty(0, batch, tokens - num_prefix_tokens, width)
+    return torch.stack(means).to(states[0].dtype)
+
+
+def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, summary: str) -> Tensor:
+    """One vector for each weighted group, (B, K, D): the mean of its CLS rows, or of all its patches."""
+    rows = slice(0, 1) if summary == "cls" else slice(num_prefix_tokens, None)
+    wide = accumulation_dtype(states[0].dtype)
+    per_group = []
+    for group in program.groups:
+        per_group.append(_mean([states[source][:, rows].to(wide) for source in group]))
+    columns = [per_group[group].mean(dim=1) for group in summary_groups(program)]
+    return torch.stack(columns, dim=1).to(states[0].dtype)
+
+
+def fuse_backward(
+    grad_out: Tensor,
+    states: Sequence[Tensor],
+    means: Tensor | None,
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    num_tokens: int,
+    needs_weights: bool,
+    needs_states: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The vector-Jacobian product of :func:`fuse_forward`: dL/dw and one dL/dh a gradient class."""
+    grad_weights: Tensor | None = None
+    if needs_weights and means is not None:
+        grad_weights = _grad_weights_from_means(grad_out, means, _required(weights), program)
+    elif needs_weights:
+        wide = accumulation_dtype(grad_out.dtype)
+        with torch.enable_grad():
+            leaf = _required(weights).detach().to(wide).requires_grad_()
+            out, _ = fuse_forward([state.detach().to(wide) for state in states], leaf, program, num_prefix_tokens, False)
+            (grad_weights,) = torch.autograd.grad(out, leaf, grad_out.to(wide))
+    grad_states = _linear_grads(grad_out, weights, program, num_prefix_tokens, num_tokens) if needs_states else []
+    return grad_weights, grad_states
+
+
+def reduce_backward(grad_means: Tensor, program: MixProgram, num_prefix_tokens: int, num_tokens: int) -> list[Tensor]:
+    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
+    _, batch, _, width = grad_means.shape
+    return _vjp(
+        lambda states: reduce_forward(states, program, num_prefix_tokens),
+        grad_means,
+        program,
+        (batch, num_tokens, width),
+    )
+
+
+def summaries_backward(
+    grad: Tensor, program: MixProgram, num_prefix_tokens: int, num_tokens: int, summary: str
+) -> list[Tensor]:
+    """The vector-Jacobian product of :func:`summaries_forward`, one (B, T, D) a gradient class."""
+    batch, _, width = grad.shape
+    return _vjp(
+        lambda states: summaries_forward(states, program, num_prefix_tokens, summary),
+        grad,
+        program,
+        (batch, num_tokens, width),
+    )
+
+
+def summary_groups(program: MixProgram) -> list[int]:
+    """The group behind each weight column."""
+    columns = {
+        term.column: term.group
+        for slot in program.slots
+        if not isinstance(slot, CopySlot)
+        for term in slot.terms
+        if term.column != PLAIN
+    }
+    return [columns[column] for column in range(program.num_weights)]
+
+
+def _group_means(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> list[Tensor]:
+    wide = accumulation_dtype(states[0].dtype)
+    return [_mean([states[source][:, num_prefix_tokens:].to(wide) for source in group]) for group in program.groups]
+
+
+def _mean(maps: Sequence[Tensor]) -> Tensor:
+    total = maps[0]
+    for value in maps[1:]:
+        total = total + value
+    return total / len(maps)
+
+
+def _grad_weights_from_means(grad_out: Tensor, means: Tensor, weights: Tensor, program: MixProgram) -> Tensor:
+    """dL/dw where only the group means were kept: the mix is linear in w, so they are all that it needs."""
+    wide = accumulation_dtype(grad_out.dtype)
+    width = means.shape[-1]
+    per_token = means.new_zeros((*means.shape[1:3], program.num_weights), dtype=wide)  # (B, N, K)
+    for s, slot in enumerate(program.slots):
+        if isinstance(slot, CopySlot):
+            continue
+        grad_slot = grad_out[..., s * width : (s + 1) * width].to(wide)
+        for term in slot.terms:
+            if term.column != PLAIN:
+                per_token[..., term.column] += (grad_slot * means[term.group].to(wide)).sum(-1)
+    if weights.ndim == 3:
+        return per_token
+    per_image = per_token.sum(1)
+    return per_image if weights.ndim == 2 else per_image.sum(0)
+
+
+def _linear_grads(
+    grad_out: Tensor, weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, num_tokens: int
+) -> list[Tensor]:
+    batch, _, channels = grad_out.shape
+    wide_weights = None if weights is None else weights.detach().to(accumulation_dtype(grad_out.dtype))
+    return _vjp(
+        lambda states: fuse_forward(states, wide_weights, program, num_prefix_tokens, False)[0],
+        grad_out,
+        program,
+        (batch, num_tokens, channels // len(program.slots)),
+    )
+
+
+def _vjp(function, cotangent: Tensor, program: MixProgram, shape: tuple[int, int, int]) -> list[Tensor]:
+    """Gradients of a function that is linear in the states (so that zeros will do as states), one a gradient class."""
+    wide = accumulation_dtype(cotangent.dtype)
+    with torch.enable_grad():
+        states = [cotangent.new_zeros(shape, dtype=wide).requires_grad_() for _ in range(program.num_sources)]
+        grads = torch.autograd.grad(function(states), states, cotangent.detach().to(wide))
+    first_of_class = [program.class_of_source.index(c) for c in range(len(program.gradient_classes))]
+    return [grads[source].to(cotangent.dtype) for source in first_of_class]
+
+
+def _required(weights: Tensor | None) -> Tensor:
+    if weights is None:
+        raise ValueError("weights is None, but the plan has weighted groups")
+    return weights
