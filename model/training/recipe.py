@@ -1,7 +1,7 @@
 """What a training run is made of: the dataclasses that a recipe fills.
 
-The text under each field is its only documentation: ``igva train --help`` prints it, and the recipes in ``model/recipes`` leave
-to it what their short comments do not say.
+The text under each field is its only documentation: ``igva train --help`` prints it, and the recipes in
+``model/recipes`` leave to it what their short comments do not say.
 
     recipe = load_recipe("recipe.yaml", ["--learning_rate=1e-4", "--data.path=data.json"])
     recipe = TrainRecipe(name="mine", output_dir="runs/mine", stage=1, model=ModelSource(...), data=DataSource(...))
@@ -32,22 +32,25 @@ class ModelSource:
     """Where the parts of the model come from: one checkpoint, or a vision tower and a language model."""
 
     checkpoint: str | None = None
-    """Folder or hub name of a saved IGVA model to go on from, such as the output of stage 1. It brings its processor and its
-    sentence encoder; the fields below that describe parts must then stay unset."""
+    """Folder or hub name of a saved IGVA model to go on from, such as the output of stage 1. It brings its processor
+    and its sentence encoder; the fields below that describe parts must then stay unset."""
     vision_tower: str | None = None
     """Folder or hub name of the vision tower (CLIP or DINOv2), for a new model."""
     language_model: str | None = None
     """Folder or hub name of the causal language model (Llama-like) and its tokenizer, for a new model."""
     sentence_encoder: str | None = None
-    """Folder or hub name of the sentence-transformers model that embeds the instructions. It is saved with the checkpoint. Without
-    one a model trains and runs with uniform weights of the layer groups. With ``checkpoint``, it replaces the one found there."""
+    """Folder or hub name of the sentence-transformers model that embeds the instructions. It is saved with the
+    checkpoint. Without one a model trains and runs with uniform weights of the layer groups. With ``checkpoint``, it
+    replaces the one found there."""
     image_size: int | None = None
     """Side in pixels to which images are resized; unset: what the vision tower was trained with."""
     fusion: dict[str, Any] | None = None
-    """How the tower's layers are mixed: ``{type: igva, num_groups: 4, base: -2, order: fused_first}`` or ``{type: llava, layer:
-    -2}``. Unset: IGVA with four groups. The width of the instruction embedding is taken from the sentence encoder."""
+    """How the tower's layers are mixed: ``{type: igva, num_groups: 4, base: -2, order: fused_first}`` or ``{type:
+    llava, layer: -2}``. Unset: IGVA with four groups. The width of the instruction embedding is taken from the
+    sentence encoder."""
     token_pooling: int | None = None
-    """Side of the square of neighbouring image tokens that is averaged to one before the projector; 2 makes a quarter as many."""
+    """Side of the square of neighbouring image tokens that is averaged to one before the projector; 2 makes a quarter
+    as many."""
     projector_input_norm: bool = False
     """LayerNorm before the projector: helps where the projector is small and trained from nothing."""
     projector_output_norm: bool = False
@@ -67,14 +70,17 @@ class DataSource:
     aspect_ratio: AspectRatio = "pad"
     """``pad`` puts an image on a square of the mean colour; ``square`` stretches it to one."""
     instruction_policy: InstructionPolicy = "first_turn"
-    """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all embeddings."""
+    """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all
+    embeddings."""
     instruction_cache: str | None = None
-    """Folder where embeddings of instructions are kept between runs; unset: ``instructions`` in the run's folder."""
+    """Folder where embeddings of instructions are kept between runs; unset: in the run's own folder, and removed
+    with it."""
     chat_template: str | None = None
-    """Name of the processor's chat template to train with, or a file that holds one; unset: the one that the processor came with."""
+    """Name of the processor's chat template to train with, or a file that holds one; unset: the one that the
+    processor came with."""
     max_length: int = 2048
-    """Longest sequence in tokens, image tokens included. A longer sample is cut at its end; where that would cut an image, or leave
-    nothing to learn, the run stops and names the sample."""
+    """Longest sequence in tokens, image tokens included. A longer sample is cut at its end; where that would cut an
+    image, or leave nothing to learn, the run stops and names the sample."""
     num_workers: int = 0
     """Processes that read and prepare samples beside each training process; 0: the training process does it itself."""
 
@@ -90,7 +96,8 @@ class LoraSettings:
     dropout: float = 0.05
     """Dropout in front of the adapters."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Linear layers that get an adapter, by the last part of their name (``[q_proj, v_proj]``), or all of the language model's."""
+    """Linear layers that get an adapter, by the last part of their name (``[q_proj, v_proj]``), or all of the
+    language model's."""
 
 
 @dataclass
@@ -100,9 +107,11 @@ class TrainRecipe:
     name: str
     """Name of the run, for logs and trackers."""
     output_dir: str
-    """Folder of the finished checkpoint. It appears in one piece at the end; until then the run lives in ``OUTPUT_DIR.partial``."""
+    """Folder of the finished checkpoint. It appears in one piece at the end; until then the run lives in
+    ``OUTPUT_DIR.partial``."""
     stage: Literal[1, 2]
-    """1: the projector learns, under the plain average of the layers. 2: projector, weight allocator and language model learn."""
+    """1: the projector learns, under the plain average of the layers. 2: projector, weight allocator and language
+    model learn."""
     model: ModelSource
     """Where the parts of the model come from."""
     data: DataSource
@@ -112,9 +121,11 @@ class TrainRecipe:
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters, where ``language_model_training`` is ``lora``."""
     balance_loss_weight: float = 0.0
-    """Weight of the balance term, the mean negative entropy of the group weights, in stage 2: it keeps all groups in use."""
+    """Weight of the balance term, the mean negative entropy of the group weights, in stage 2: it keeps all groups in
+    use."""
     legacy_double_softmax: bool = False
-    """Apply a second softmax in the balance term as the released IGVA code does; its effect is then some 19 times weaker."""
+    """Apply a second softmax in the balance term as the released IGVA code does; its effect is then some 19 times
+    weaker."""
     batch_size: int = 128
     """Samples between two steps of the optimizer, over all devices."""
     micro_batch_size: int = 8
@@ -140,16 +151,19 @@ class TrainRecipe:
     scheduler: Scheduler = "cosine"
     """Course of the learning rate after the warm-up."""
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward pass; weights stay in fp32. ``auto``: bf16 on a GPU that has it; on a CPU a step is
-    timed in both and the faster one taken, as bf16 is twice as fast on some CPUs and twenty times slower on others."""
+    """Arithmetic of the forward and backward pass; weights stay in fp32. ``auto``: bf16 on a GPU that has it; on a
+    CPU a step is timed in both and the faster one taken, as bf16 is twice as fast on some CPUs and twenty times
+    slower on others."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block and compute the rest again in the backward pass: less memory, about a third more work."""
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, about a third
+    more work."""
     seed: int = 42
     """Seed of the order of samples, of new weights and of dropout."""
     log_every: int = 10
     """Steps between two lines of the log."""
     save_every: int | None = None
-    """Steps between two intermediate checkpoints in ``OUTPUT_DIR.partial/checkpoints``, of which the newest is kept; unset: none."""
+    """Steps between two intermediate checkpoints in ``OUTPUT_DIR.partial/checkpoints``, of which the newest is kept;
+    unset: none."""
     eval_every: int | None = None
     """Steps between two evaluations on ``data.eval_path``; unset: only at the end."""
     trackers: list[str] = field(default_factory=list)
@@ -188,8 +202,8 @@ class TrainRecipe:
         per_pass = self.micro_batch_size * num_processes
         if self.batch_size % per_pass:
             raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size} x {num_processes} "
-                f"processes; set batch_size to a multiple of {per_pass}, or lower micro_batch_size"
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size} x "
+                f"{num_processes} processes; set batch_size to a multiple of {per_pass}, or lower micro_batch_size"
             )
         return self.batch_size // per_pass
 
@@ -208,12 +222,20 @@ class TrainRecipe:
         _check_choice("data.instruction_policy", self.data.instruction_policy, get_args(InstructionPolicy))
         if self.stage == 1 and self.resolved_language_model_training != "frozen":
             raise ValueError(
-                f"language_model_training is {self.language_model_training!r} in stage 1, where only the projector learns; "
-                "leave it unset, or set stage to 2"
+                f"language_model_training is {self.language_model_training!r} in stage 1, where only the projector "
+                "learns; leave it unset, or set stage to 2"
             )
 
     def _check_numbers(self) -> None:
-        positive = ("batch_size", "micro_batch_size", "eval_batch_size", "epochs", "max_steps", "learning_rate", "log_every")
+        positive = (
+            "batch_size",
+            "micro_batch_size",
+            "eval_batch_size",
+            "epochs",
+            "max_steps",
+            "learning_rate",
+            "log_every",
+        )
         for name in (*positive, "projector_learning_rate", "allocator_learning_rate", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -263,9 +285,8 @@ def recipe_parser(prog: str = "igva train RECIPE") -> ArgumentParser:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read a recipe file and apply ``--key=value`` overrides.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a key that no field has, a missing field, or a value of the wrong type or range; the message names it.
+    Raises: FileNotFoundError: there is no such file. ValueError: a key that no field has, a missing field, or a value
+        of the wrong type or range; the message names it.
     """
     from jsonargparse import ArgumentError
 
