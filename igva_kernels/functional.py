@@ -70,6 +70,7 @@ def fuse(
         ValueError: a wrong number of hidden states, a layer that the plan reads is None, shapes, dtypes or devices that differ,
             weights missing, superfluous or of a wrong shape, ``impl`` unknown or unable to run this input.
     """
+    _check_plan(plan)
     states = _states_of(hidden_states, plan, plan.sources, num_prefix_tokens)
     _check_impl(impl)
     _check_weights(weights, plan, states[0], num_prefix_tokens)
@@ -100,6 +101,7 @@ def group_summaries(
         ValueError: as :func:`fuse`; also a plan without weighted groups, an unknown ``summary``, or ``"cls"`` without a
             prefix token.
     """
+    _check_plan(plan)
     if plan.num_groups == 0:
         raise ValueError("plan has no weighted groups, so there is nothing to summarise; use FusionPlan.igva(...)")
     _check_summary(summary, num_prefix_tokens)
@@ -123,6 +125,7 @@ def reduce_groups(
 
     Args, Raises: as for :func:`fuse` and :func:`group_summaries`.
     """
+    _check_plan(plan)
     states = _states_of(hidden_states, plan, plan.sources, num_prefix_tokens)
     _check_impl(impl)
     program = plan.program
@@ -147,6 +150,7 @@ def mix(group_means: GroupMeans, plan: FusionPlan, weights: Tensor | None = None
     Raises:
         ValueError: ``group_means`` does not fit the plan; weights and ``impl`` as for :func:`fuse`.
     """
+    _check_plan(plan)
     program = plan.program
     if len(group_means.means) != len(program.groups) or len(group_means.copies) != len(program.copied_sources):
         raise ValueError(
@@ -158,7 +162,7 @@ def mix(group_means: GroupMeans, plan: FusionPlan, weights: Tensor | None = None
     _check_same(states, [f"map {index}" for index in range(len(states))], "group_means")
     _check_impl(impl)
     _check_weights(weights, plan, states[0], 0)
-    return _run_fuse(states, weights, program.over_means(), 0, impl)
+    return _run_fuse(states, weights, plan.mix_program, 0, impl)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------------
@@ -180,8 +184,6 @@ def _run_fuse(states: list[Tensor], weights: Tensor | None, program: MixProgram,
 
 def _states_of(hidden_states: HiddenStates, plan: FusionPlan, sources: Sequence[int], num_prefix_tokens: int) -> list[Tensor]:
     """The states that are read, checked."""
-    if not isinstance(plan, FusionPlan):
-        raise TypeError(f"plan must be a FusionPlan, got {type(plan).__name__}")
     if isinstance(hidden_states, Tensor):
         if hidden_states.ndim != 4:
             raise ValueError(
@@ -256,6 +258,11 @@ def _check_weights(weights: Tensor | None, plan: FusionPlan, state: Tensor, num_
             f"weights has the shape {tuple(weights.shape)}, expected (K,) = {allowed[0]}, (B, K) = {allowed[1]} "
             f"or (B, N, K) = {allowed[2]}"
         )
+
+
+def _check_plan(plan: FusionPlan) -> None:
+    if not isinstance(plan, FusionPlan):
+        raise TypeError(f"plan must be a FusionPlan, got {type(plan).__name__}; make one with FusionPlan.igva(...)")
 
 
 def _check_impl(impl: str) -> None:

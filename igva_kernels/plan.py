@@ -14,7 +14,7 @@ made, against the true depth.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -70,10 +70,25 @@ class FusionPlan:
         ValueError: no layers, no slots, an empty or repeating group, or an index outside ``-(L+1) .. L``.
 
     After construction every index is non-negative and every group ascending, so that equal plans compare equal.
+
+    Attributes:
+        groups: the weighted groups of all slots, in the order of the weights' columns.
+        sources: the hidden states that the plan reads, ascending. All others may be None.
+        program: the plan over the states that it reads, as the implementations take it.
+        mix_program: the same mix over finished group means.
+        summary_sources: the hidden states that the weighted groups read, ascending.
+        summary_program: the weighted groups alone, over ``summary_sources``.
     """
 
     num_layers: int
     slots: tuple[Slot, ...]
+    # Derived here and not on demand, since torch.compile cannot trace the lock of a cached property.
+    groups: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    sources: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    program: MixProgram = field(init=False, repr=False, compare=False)
+    mix_program: MixProgram = field(init=False, repr=False, compare=False)
+    summary_sources: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    summary_program: MixProgram = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_layers, int) or isinstance(self.num_layers, bool):
@@ -83,7 +98,22 @@ class FusionPlan:
         slots = tuple(self.slots)
         if not slots:
             raise ValueError("slots is empty: a plan needs at least one of Layer, Mean, Weighted")
-        object.__setattr__(self, "slots", tuple(self._resolve_slot(position, slot) for position, slot in enumerate(slots)))
+        slots = tuple(self._resolve_slot(position, slot) for position, slot in enumerate(slots))
+        groups = tuple(group for slot in slots if isinstance(slot, Weighted) for group in slot.groups)
+        sources = tuple(sorted({layer for slot in slots for group in _layers_of(slot) for layer in group}))
+        summary_sources = tuple(sorted({layer for group in groups for layer in group}))
+        program = _compile(slots, sources)
+        derived = {
+            "slots": slots,
+            "groups": groups,
+            "sources": sources,
+            "program": program,
+            "mix_program": program.over_means(),
+            "summary_sources": summary_sources,
+            "summary_program": _compile((Weighted(groups),), summary_sources),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _resolve_slot(self, position: int, slot: Slot) -> Slot:
         where = f"slot {position}"
@@ -107,38 +137,10 @@ class FusionPlan:
         """S: the output has S*D channels."""
         return len(self.slots)
 
-    @cached_property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The weighted groups of all slots, in the order of the weights' columns."""
-        return tuple(group for slot in self.slots if isinstance(slot, Weighted) for group in slot.groups)
-
     @property
     def num_groups(self) -> int:
         """K: how many weights the plan takes; 0 for a plan without a weighted slot."""
         return len(self.groups)
-
-    @cached_property
-    def sources(self) -> tuple[int, ...]:
-        """The hidden states that the plan reads, ascending. All others may be None."""
-        read: set[int] = set()
-        for slot in self.slots:
-            read.update(*_layers_of(slot))
-        return tuple(sorted(read))
-
-    @cached_property
-    def program(self) -> MixProgram:
-        """The plan over the states that it reads, as the implementations take it."""
-        return _compile(self.slots, self.sources)
-
-    @cached_property
-    def summary_program(self) -> MixProgram:
-        """The weighted groups alone, over the states that they read: what ``group_summaries`` reads."""
-        return _compile((Weighted(self.groups),), self.summary_sources)
-
-    @cached_property
-    def summary_sources(self) -> tuple[int, ...]:
-        """The hidden states that the weighted groups read, ascending."""
-        return tuple(sorted({layer for group in self.groups for layer in group}))
 
     # ---- presets ----------------------------------------------------------------------------------------------------
 
@@ -317,6 +319,18 @@ class MixProgram:
     slots: tuple[CopySlot | MixSlot, ...]
     num_weights: int
     num_weighted_groups: int
+    _encoded: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        flat = [self.num_sources, self.num_weights, self.num_weighted_groups, len(self.groups)]
+        for group in self.groups:
+            flat += [len(group), *group]
+        for slot in self.slots:
+            if isinstance(slot, CopySlot):
+                flat += [0, slot.source]
+            else:
+                flat += [len(slot.terms), *(value for term in slot.terms for value in (term.group, term.column))]
+        object.__setattr__(self, "_encoded", tuple(flat))
 
     @cached_property
     def gradient_classes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
@@ -345,18 +359,6 @@ class MixProgram:
     def encode(self) -> list[int]:
         """The program as the ``int[]`` of the operator's schema; :func:`decode_program` is its inverse."""
         return list(self._encoded)
-
-    @cached_property
-    def _encoded(self) -> tuple[int, ...]:
-        flat = [self.num_sources, self.num_weights, self.num_weighted_groups, len(self.groups)]
-        for group in self.groups:
-            flat += [len(group), *group]
-        for slot in self.slots:
-            if isinstance(slot, CopySlot):
-                flat += [0, slot.source]
-            else:
-                flat += [len(slot.terms), *(value for term in slot.terms for value in (term.group, term.column))]
-        return tuple(flat)
 
     def over_means(self) -> MixProgram:
         """The same mix over finished group means: sources are the G means, then the distinct copied sources.

@@ -186,7 +186,8 @@ def _vjp(function, cotangent: Tensor, program: MixProgram, shape: tuple[int, int
     wide = accumulation_dtype(cotangent.dtype)
     with torch.enable_grad():
         states = [cotangent.new_zeros(shape, dtype=wide).requires_grad_() for _ in range(program.num_sources)]
-        grads = torch.autograd.grad(function(states), states, cotangent.detach().to(wide))
+        # A source that is only copied has no part in the group means: its gradient is zero.
+        grads = torch.autograd.grad(function(states), states, cotangent.detach().to(wide), materialize_grads=True)
     first_of_class = [program.class_of_source.index(c) for c in range(len(program.gradient_classes))]
     return [grads[source].to(cotangent.dtype) for source in first_of_class]
 
