@@ -1,0 +1,52 @@
+"""The only place that knows versions of transformers: 5.10 to 5.x.
+
+Everything here is a name that moved or a default that changed; the rest of the package imports what it needs from here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+_OLDEST = (5, 10)
+
+
+def check_version(version: str = transformers.__version__) -> None:
+    """Raises ImportError for a transformers that the package was not written for."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < _OLDEST or major > _OLDEST[0]:
+        raise ImportError(
+            f"model needs transformers>={_OLDEST[0]}.{_OLDEST[1]},<{_OLDEST[0] + 1}, found {version}; "
+            "install a version of that range"
+        )
+
+
+def pil_image_processor(name: str) -> type:
+    """The image processor class ``name`` (``"CLIPImageProcessor"``) in the variant that needs no torchvision.
+
+    The PIL variants carry a suffix in the versions that have it; before, the plain name was the PIL one.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    for candidate in (f"{name}Pil", name):
+        processor = getattr(transformers, candidate, None)
+        if processor is not None:
+            return processor
+    raise ValueError(f"transformers {transformers.__version__} has no image processor {name!r}")
+
+
+def load_image_processor(values: dict[str, Any]) -> Any:
+    """An image processor from the values of its JSON file, PIL variant.
+
+    ``AutoImageProcessor`` of some versions insists on torchvision even for a file that names a PIL class.
+
+    Raises:
+        ValueError: the values name no class, or one that transformers does not have.
+    """
+    values = dict(values)
+    name = values.pop("image_processor_type", None)
+    if name is None:
+        raise ValueError("the image processor's file names no image_processor_type")
+    return pil_image_processor(name.removesuffix("Pil").removesuffix("Fast")).from_dict(values)

@@ -1,0 +1,320 @@
+"""Sentence embeddings of instructions: which text is embedded, by what, and where the vectors are kept.
+
+The encoder stands outside the model: the model takes its vectors as ``instruction_embeds`` (B, E), one row for each image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+InstructionPolicy = Literal["mean_of_turns", "first_turn", "last_turn"]
+
+#: The answer-format prompts of LLaVA-1.5's data (haotian-liu/LLaVA, docs/Evaluation.md). They say how to answer, not where to look:
+#: the released IGVA code embeds the question without them.
+ANSWER_FORMAT_SUFFIXES = (
+    "Answer the question using a single word or phrase.",
+    "Answer using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+    "Provide a one-sentence caption for the provided image.",
+)
+
+_FINGERPRINT_FILE = "igva_fingerprint.json"
+
+
+class Encoder(Protocol):
+    """What turns sentences into vectors. :class:`SentenceEncoder` does; so may any object of this form."""
+
+    @property
+    def dimension(self) -> int:
+        """E, the width of the vectors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest that changes whenever the vectors of the encoder would."""
+
+    def encode(self, sentences: Sequence[str]) -> Tensor:
+        """(n, E), float32 on the CPU."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the encoder so that :class:`SentenceEncoder` can read it."""
+
+
+def instruction_texts(
+    human_turns: Sequence[str],
+    policy: InstructionPolicy = "mean_of_turns",
+    *,
+    image_token: str = "<image>",
+    suffixes: Sequence[str] = ANSWER_FORMAT_SUFFIXES,
+) -> list[str]:
+    """The texts that stand for the instruction of a conversation; its embedding is the mean of theirs.
+
+    Args:
+        human_turns: what the user says, turn by turn.
+        policy: ``"mean_of_turns"`` takes all turns: the released training data carry one vector a conversation and are named after
+            the average of the turns. ``"first_turn"`` and ``"last_turn"`` take one; in a chat the last one is the question at hand.
+        image_token: placeholder to take out.
+        suffixes: answer-format prompts to take off the end of a turn.
+
+    Returns:
+        One text or more. A turn that holds nothing but placeholders is left out, unless there is no other.
+
+    Raises:
+        ValueError: no turns, or an unknown policy.
+    """
+    if not human_turns:
+        raise ValueError("human_turns is empty: there is no instruction to embed")
+    if policy not in get_args(InstructionPolicy):
+        raise ValueError(f"policy must be one of {get_args(InstructionPolicy)}, got {policy!r}")
+    if policy == "first_turn":
+        human_turns = human_turns[:1]
+    elif policy == "last_turn":
+        human_turns = human_turns[-1:]
+    texts = [_bare_question(turn, image_token, suffixes) for turn in human_turns]
+    return [text for text in texts if text] or texts[:1]
+
+
+def embed_instructions(
+    conversations: Sequence[Sequence[str]],
+    encode: Callable[[list[str]], Tensor],
+    policy: InstructionPolicy = "mean_of_turns",
+    *,
+    image_token: str = "<image>",
+    suffixes: Sequence[str] = ANSWER_FORMAT_SUFFIXES,
+) -> Tensor:
+    """One vector a conversation: the mean over the texts that the policy takes.
+
+    Args:
+        conversations: the human turns of each conversation.
+        encode: ``SentenceEncoder(...).encode`` or ``InstructionCache(...).get``.
+        policy, image_token, suffixes: see :func:`instruction_texts`.
+
+    Returns:
+        (conversations, E), float32.
+    """
+    texts = [instruction_texts(turns, policy, image_token=image_token, suffixes=suffixes) for turns in conversations]
+    embeds = encode([text for group in texts for text in group])
+    return torch.stack([part.mean(dim=0) for part in embeds.split([len(group) for group in texts])])
+
+
+def _bare_question(turn: str, image_token: str, suffixes: Sequence[str]) -> str:
+    text = turn.replace(image_token, " ").strip()
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if text.endswith(suffix):
+            return text.removesuffix(suffix).rstrip()
+    return text
+
+
+class SentenceEncoder:
+    """A sentence-transformers model, loaded when it is first needed and never trained.
+
+    Args:
+        path_or_name: folder or hub name; IGVA uses ``sentence-transformers/all-mpnet-base-v2`` (E = 768).
+        device: where the encoder runs.
+        batch_size: sentences at once.
+
+    Raises (on first use):
+        ImportError: sentence-transformers is not installed.
+        ValueError: the folder carries a fingerprint, and the encoder in it does not have it.
+    """
+
+    def __init__(self, path_or_name: str | Path, device: str = "cpu", *, batch_size: int = 64) -> None:
+        self.path_or_name = str(path_or_name)
+        self.device = device
+        self.batch_size = batch_size
+        self._encoder: Any = None
+        self._fingerprint: str | None = None
+
+    @property
+    def dimension(self) -> int:
+        """E, the width of the vectors."""
+        # Renamed in sentence-transformers 5.3; the old name warns in the new versions.
+        encoder = self._loaded()
+        current = getattr(encoder, "get_embedding_dimension", None) or encoder.get_sentence_embedding_dimension
+        return current()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, vocabulary and the settings that change a vector; the same on every machine."""
+        self._loaded()
+        assert self._fingerprint is not None  # for the type checker: _loaded sets it
+        return self._fingerprint
+
+    def encode(self, sentences: Sequence[str]) -> Tensor:
+        """(n, E), float32 on the CPU; (0, E) for no sentences."""
+        if not sentences:
+            return torch.empty(0, self.dimension)
+        vectors = self._loaded().encode(list(sentences), batch_size=self.batch_size, show_progress_bar=False)
+        return torch.from_numpy(vectors).float()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the encoder with its fingerprint; nothing in the folder names this machine.
+
+        A folder that holds this very encoder already is left alone, since every checkpoint of a training run saves it.
+        """
+        folder = Path(folder)
+        if _stored_fingerprint(folder) == self.fingerprint:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # No model card: it would name the folder that the encoder came from.
+        self._loaded().save_pretrained(str(folder), create_model_card=False)
+        # Last, so that a folder with a fingerprint is a complete one.
+        write_text_atomically(folder / _FINGERPRINT_FILE, json.dumps({"fingerprint": self.fingerprint}) + "\n")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SentenceEncoder:
+        # transformers copies a whole processor to print or save its settings; the encoder never changes, so copies share it.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker process gets the name and loads for itself if it has to.
+        return {**self.__dict__, "_encoder": None}
+
+    def _loaded(self) -> Any:
+        if self._encoder is None:
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    "embedding instructions needs sentence-transformers: pip install 'igva-kernels[train]' "
+                    "(or pass instruction_embeds that were computed elsewhere)"
+                ) from error
+            encoder = SentenceTransformer(self.path_or_name, device=self.device).eval()
+            fingerprint = _fingerprint_of(encoder)
+            expected = _stored_fingerprint(Path(self.path_or_name))
+            if expected not in (None, fingerprint):
+                raise ValueError(
+                    f"the sentence encoder in {self.path_or_name} has the fingerprint {fingerprint[:12]}, but was saved with "
+                    f"{expected[:12]}: its files were changed; copy the folder again"
+                )
+            self._encoder, self._fingerprint = encoder, fingerprint
+        return self._encoder
+
+
+def _fingerprint_of(encoder: Any) -> str:
+    digest = hashlib.sha256()
+    settings = {
+        "modules": [type(module).__name__ for module in encoder],
+        "pooling": [getattr(module, "pooling_mode", None) for module in encoder],
+        "max_seq_length": encoder.max_seq_length,
+        "vocabulary": sorted(encoder.tokenizer.get_vocab().items()),
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _stored_fingerprint(folder: Path) -> str | None:
+    file = folder / _FINGERPRINT_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else None
+
+
+class InstructionCache:
+    """Vectors of sentences on disk, so that each sentence is encoded once for all runs and epochs.
+
+    A vector is found by the hash of its sentence, below the fingerprint of its encoder: another encoder never finds it. The files are
+    safetensors shards ``<fingerprint>/<hash>.safetensors`` with ``keys`` (n, 32) uint8 and ``embeds`` (n, E) float32, written to a
+    temporary name and renamed, so that several processes may share a folder and a killed one leaves no half file.
+
+    Args:
+        folder: where the shards live; made if missing.
+        encoder: encodes what is missing.
+        shard_size: sentences that are encoded before a shard is written; what a killed run loses at most.
+
+    Raises:
+        ValueError: a shard is damaged; the text names the file.
+    """
+
+    def __init__(self, folder: str | Path, encoder: Encoder, *, shard_size: int = 8192) -> None:
+        self.folder = Path(folder) / encoder.fingerprint[:32]
+        self.encoder = encoder
+        self.shard_size = shard_size
+        self._places: dict[bytes, tuple[Path, int]] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            self._index(shard)
+
+    def __len__(self) -> int:
+        """Number of sentences that are stored."""
+        return len(self._places)
+
+    def get(self, sentences: Sequence[str]) -> Tensor:
+        """The vectors of the sentences, in their order; what is missing is encoded and stored first.
+
+        Returns:
+            (n, E), float32 on the CPU.
+        """
+        keys = [hashlib.sha256(sentence.encode()).digest() for sentence in sentences]
+        missing = {key: text for key, text in zip(keys, sentences, strict=True) if key not in self._places}
+        for start in range(0, len(missing), self.shard_size):
+            self._store(dict(list(missing.items())[start : start + self.shard_size]))
+        if not keys:
+            return torch.empty(0, self.encoder.dimension)
+        return self._read(keys)
+
+    def _store(self, texts: dict[bytes, str]) -> None:
+        from safetensors.torch import save
+
+        keys = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).view(-1, 32)
+        embeds = self.encoder.encode(list(texts.values())).float().contiguous()
+        shard = self.folder / f"{hashlib.sha256(keys.numpy()).hexdigest()[:32]}.safetensors"
+        write_bytes_atomically(shard, save({"keys": keys, "embeds": embeds}))
+        self._index(shard)
+
+    def _index(self, shard: Path) -> None:
+        for row, key in enumerate(_open_shard(shard).get_tensor("keys").numpy()):
+            self._places[key.tobytes()] = (shard, row)
+
+    def _read(self, keys: Sequence[bytes]) -> Tensor:
+        rows: list[Tensor | None] = [None] * len(keys)
+        by_shard: dict[Path, list[int]] = {}
+        for position, key in enumerate(keys):
+            by_shard.setdefault(self._places[key][0], []).append(position)
+        for shard, positions in by_shard.items():
+            # Rows are read through the file's map: a cache of gigabytes costs no memory.
+            embeds = _open_shard(shard).get_slice("embeds")
+            for position in positions:
+                row = self._places[keys[position]][1]
+                rows[position] = embeds[row : row + 1]
+        return torch.cat([row for row in rows if row is not None])
+
+
+def _open_shard(shard: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(str(shard), framework="pt")
+        keys, embeds = handle.get_slice("keys").get_shape(), handle.get_slice("embeds").get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"the cache file {shard} is damaged ({error}); delete it, and its sentences are encoded anew") from error
+    if len(embeds) != 2 or keys != [embeds[0], 32]:
+        raise ValueError(f"the cache file {shard} holds keys {keys} and embeds {embeds}, which do not fit; delete it")
+    return handle
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that readers see all of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text_atomically(path: Path, content: str) -> None:
+    """Write a UTF-8 file so that readers see all of it or nothing."""
+    write_bytes_atomically(path, content.encode())

@@ -1,0 +1,503 @@
+"""IGVA-LLaVA in transformers' native form: vision tower → fused layers → projector → language model.
+
+Shapes: B images · T tokens with prefix · P prefix tokens · N = T − P patches · D vision width · K groups · S slots · E sentence
+width · H LLM width; a batch of texts is (rows, length), and one row may hold any number of images.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from igva_kernels import fuse
+from igva_kernels.modules import IGVAFusion, WeightAllocator
+from model.configuration import IgvaLlavaConfig, check_stage, image_grid
+from model.loss import token_exact_loss
+
+logger = logging.get_logger(__name__)
+
+#: What only the first step of generate() reads: later steps see the images through the cache.
+_IMAGE_INPUTS = ("pixel_values", "instruction_embeds", "mm_encoder_outputs", "image_to_sample")
+
+
+@dataclass
+class IgvaLlavaImageFeatures(BaseModelOutputWithPooling):
+    """Image features; ``pooler_output`` is where generate() of transformers looks for them.
+
+    Args:
+        pooler_output: (B, N', H), the projected tokens; N' is N, or N / token_pooling².
+        fusion_weights: (B, K) in float32; None where no weights were computed (stage 1, or fusion type ``llava``).
+    """
+
+    fusion_weights: Tensor | None = None
+
+
+@dataclass
+class IgvaLlavaModelOutput(BaseModelOutputWithPast):
+    """Args:
+    image_hidden_states: (B, N', H), the projected image tokens; None without images.
+    fusion_weights: as in :class:`IgvaLlavaOutput`.
+    """
+
+    image_hidden_states: Tensor | None = None
+    fusion_weights: Tensor | None = None
+
+
+@dataclass
+class IgvaLlavaOutput(ModelOutput):
+    """Args:
+    loss: scalar; None without labels.
+    logits: (rows, kept positions, vocabulary); None with labels unless ``return_logits`` is given.
+    past_key_values: the cache.
+    hidden_states, attentions: those of the language model, where asked for.
+    image_hidden_states: (B, N', H), the projected image tokens; None without images.
+    fusion_weights: (B, K) in float32, the weight of each group for each image; None without images, in stage 1 and for the
+        fusion type ``llava``.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    fusion_weights: Tensor | None = None
+
+
+class IgvaLlavaProjector(nn.Module):
+    """Linear–activation–Linear from the S·D channels of the fused map to the H of the language model, norms at will.
+
+    The linear layers have the names of transformers' Llava projector.
+    """
+
+    def __init__(self, config: IgvaLlavaConfig) -> None:
+        super().__init__()
+        in_dim = config.fusion_plan().num_slots * config.vision_config.hidden_size
+        out_dim = config.text_config.hidden_size
+        self.input_norm = nn.LayerNorm(in_dim) if config.projector_input_norm else nn.Identity()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+        self.output_norm = nn.LayerNorm(out_dim) if config.projector_output_norm else nn.Identity()
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """(B, N', S·D) to (B, N', H), in the dtype of the projector."""
+        hidden = self.input_norm(fused.to(self.linear_1.weight.dtype))
+        return self.output_norm(self.linear_2(self.act(self.linear_1(hidden))))
+
+
+class IgvaLlavaPreTrainedModel(PreTrainedModel):
+    """What both models share: config class, attention back ends, initialisation."""
+
+    config: IgvaLlavaConfig
+    config_class = IgvaLlavaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one of our own modules; the tower and the language model initialise themselves.
+
+        Allocator and projector start as torch starts them, which is how the official modules start. transformers calls this under
+        a guard that leaves parameters alone that a checkpoint has filled, so torch's own routines are safe here.
+        """
+        if module is self.get_output_embeddings():
+            nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+
+class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
+    """Tower, fusion, projector and language model, without the head.
+
+    Args:
+        config: the configuration.
+        vision_tower, language_model: loaded parts to use in place of new ones; :func:`model.build.build_model` passes them.
+    """
+
+    def __init__(
+        self,
+        config: IgvaLlavaConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.fusion = _fusion_module(config)
+        self.multi_modal_projector = IgvaLlavaProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        self._plans = {stage: config.fusion_plan(stage) for stage in (1, 2)}
+        parameters = inspect.signature(self.vision_tower.forward).parameters
+        self._tower_interpolates_on_request = "interpolate_pos_encoding" in parameters
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> IgvaLlavaModel:
+        """As in torch, except that a frozen tower stays in eval mode: no dropout, no checkpointing of what has no gradient."""
+        super().train(mode)
+        if mode and not _is_trainable(self.vision_tower):
+            self.vision_tower.eval()
+        return self
+
+    @property
+    def fusion_stage(self) -> int | None:
+        """1 or 2; None for a fusion without stages."""
+        return self.config.fusion.get("stage")
+
+    def set_fusion_stage(self, stage: int) -> None:
+        """Switch IGVA between the plain average (1) and the instruction's weights (2); the config is updated with it.
+
+        Raises:
+            ValueError: another stage, or a fusion without stages.
+        """
+        if self.fusion_stage is None:
+            raise ValueError(f"fusion type {self.config.fusion['type']!r} has no stages; only 'igva' has")
+        check_stage(stage)
+        self.config.fusion = {**self.config.fusion, "stage": stage}
+
+    def get_image_features(
+        self, pixel_values: Tensor, instruction_embeds: Tensor | None = None, **kwargs: Any
+    ) -> IgvaLlavaImageFeatures:
+        """Run the tower, fuse its layers, pool and project.
+
+        The tower builds no graph when none of its parameters requires a gradient.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            instruction_embeds: (B, E), one sentence embedding an image; not read in stage 1. None in stage 2 gives every group the
+                weight 1/K.
+            kwargs: taken for the sake of generate(), which passes ``return_dict``; not read.
+
+        Raises:
+            ValueError: shapes that do not fit the model.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (images, 3, height, width)")
+        fused, weights = self._fuse(self._hidden_states(pixel_values), instruction_embeds)
+        tokens = self._pool(fused, *pixel_values.shape[-2:])
+        return IgvaLlavaImageFeatures(pooler_output=self.multi_modal_projector(tokens), fusion_weights=weights)
+
+    def _hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {}
+        native = self.vision_tower.config.image_size
+        if self._tower_interpolates_on_request and tuple(pixel_values.shape[-2:]) != (native, native):
+            options["interpolate_pos_encoding"] = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(self.vision_tower)):
+            outputs = self.vision_tower(
+                pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **options
+            )
+        return outputs.hidden_states
+
+    def _fuse(self, hidden_states: tuple[Tensor, ...], instruction_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        num_prefix_tokens = self.config.num_prefix_tokens
+        plan = self._plans[self.fusion_stage or 1]
+        if plan.num_groups == 0:
+            return fuse(hidden_states, plan, num_prefix_tokens=num_prefix_tokens), None
+        if self.fusion_stage == 1:
+            fused, _ = self.fusion(hidden_states, None, num_prefix_tokens=num_prefix_tokens)
+            return fused, None
+        if instruction_embeds is None:
+            logger.warning_once(
+                "No instruction_embeds given: every group of layers gets the same weight, as in stage 1. "
+                "Pass instruction_embeds (one per image) to let the instruction choose."
+            )
+        return self.fusion(hidden_states, instruction_embeds, num_prefix_tokens=num_prefix_tokens)
+
+    def _pool(self, fused: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C) to (B, N', C): the mean of squares of ``token_pooling`` x ``token_pooling`` tokens."""
+        size = self.config.token_pooling
+        rows, columns = image_grid(height, width, self.config.patch_size, None)
+        if rows * columns != fused.shape[1]:
+            raise ValueError(
+                f"the tower gave {fused.shape[1]} tokens after {self.config.num_prefix_tokens} prefix tokens, but images of "
+                f"{height} x {width} pixels have {rows} x {columns} patches; check num_prefix_tokens"
+            )
+        if size is None:
+            return fused
+        image_grid(height, width, self.config.patch_size, size)
+        grid = fused.unflatten(1, (rows // size, size, columns // size, size))
+        return grid.mean(dim=(2, 4)).flatten(1, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        instruction_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None = None,
+        **kwargs: Any,
+    ) -> IgvaLlavaModelOutput:
+        """Put the image features into the places of the ``<image>`` tokens and run the language model.
+
+        Args:
+            input_ids: (rows, length), with one ``image_token_id`` for each image token.
+            pixel_values: (B, 3, height, width), the images of all rows in reading order.
+            instruction_embeds: (B, E), one sentence embedding an image.
+            attention_mask, position_ids, past_key_values: as for the language model.
+            inputs_embeds: (rows, length, H) in place of ``input_ids``; then there can be no images.
+            mm_encoder_outputs: ``{"image": features}``, the result of :meth:`get_image_features`, in place of ``pixel_values``.
+            kwargs: passed to the language model.
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``, images twice or without ``input_ids``, sentence
+                embeddings without images, or another number of placeholders than of image features.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        features = self._image_features(pixel_values, instruction_embeds, mm_encoder_outputs)
+        if inputs_embeds is None:
+            is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if features is not None or is_prefill:
+                inputs_embeds = self._merge(input_ids, inputs_embeds, features)
+        elif features is not None:
+            raise ValueError("images need input_ids, which mark their places; inputs_embeds cannot be searched for them")
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return IgvaLlavaModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if features is None else features.pooler_output,
+            fusion_weights=None if features is None else features.get("fusion_weights"),
+        )
+
+    def _image_features(
+        self,
+        pixel_values: Tensor | None,
+        instruction_embeds: Tensor | None,
+        mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None,
+    ) -> IgvaLlavaImageFeatures | None:
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError("pass the images once: pixel_values or mm_encoder_outputs, not both")
+            return self.get_image_features(pixel_values, instruction_embeds)
+        if instruction_embeds is not None and encoded is None:
+            raise ValueError("instruction_embeds given without pixel_values: there is no image to weigh the layers of")
+        return encoded
+
+    def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures | None) -> Tensor:
+        """Overwrite the embeddings at the placeholders, in reading order, after counting both."""
+        is_image = input_ids == self.config.image_token_id  # (rows, length)
+        num_placeholders = int(is_image.sum())
+        if features is None:
+            if num_placeholders:
+                raise ValueError(
+                    f"input_ids holds {num_placeholders} image placeholders (id {self.config.image_token_id}), but there are no "
+                    "pixel_values; pass the images, or remove <image> from the text"
+                )
+            return inputs_embeds
+        tokens = features.pooler_output
+        num_features = tokens.shape[0] * tokens.shape[1]
+        if num_placeholders != num_features:
+            raise ValueError(
+                f"image placeholders and image features do not match: input_ids holds {num_placeholders} placeholders (id "
+                f"{self.config.image_token_id}), pixel_values gave {num_features} features ({tokens.shape[0]} images x "
+                f"{tokens.shape[1]} tokens); expand <image> with the processor, and never cut a text inside an image"
+            )
+        tokens = tokens.flatten(0, 1).to(inputs_embeds)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), tokens)
+
+
+class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixin):
+    """The model with its language-modelling head: training and generate().
+
+    Args:
+        config: the configuration.
+        vision_tower, language_model: loaded parts to use in place of new ones (without head).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012 (transformers' form)
+
+    def __init__(
+        self,
+        config: IgvaLlavaConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        _check_plain_logits(config)
+        self.model = IgvaLlavaModel(config, vision_tower, language_model)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    @property
+    def fusion_stage(self) -> int | None:
+        """1 or 2; None for a fusion without stages."""
+        return self.model.fusion_stage
+
+    def set_fusion_stage(self, stage: int) -> None:
+        """See :meth:`IgvaLlavaModel.set_fusion_stage`."""
+        self.model.set_fusion_stage(stage)
+
+    def get_image_features(
+        self, pixel_values: Tensor, instruction_embeds: Tensor | None = None, **kwargs: Any
+    ) -> IgvaLlavaImageFeatures:
+        """See :meth:`IgvaLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, instruction_embeds, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        instruction_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        image_to_sample: Tensor | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None = None,
+        **kwargs: Any,
+    ) -> IgvaLlavaOutput:
+        """Logits, or the loss.
+
+        With labels the head runs at the labelled positions only, and ``logits`` is None unless ``return_logits`` asks for them.
+
+        Args:
+            input_ids, pixel_values, instruction_embeds, attention_mask, position_ids, past_key_values, inputs_embeds,
+                mm_encoder_outputs: see :meth:`IgvaLlavaModel.forward`.
+            labels: (rows, length), not shifted; -100 where there is nothing to learn.
+            num_items_in_batch: labels of the whole optimizer step, as the Trainer passes it; None for those of this batch.
+            image_to_sample: (B,), the row of ``input_ids`` that each image belongs to; None counts the placeholders. Only the
+                balance term reads it.
+            return_logits: whether to compute logits; None computes them when there are no labels.
+            logits_to_keep: the last positions to compute logits for (0: all), or the positions themselves.
+            kwargs: passed to the language model.
+
+        Raises:
+            ValueError: see :meth:`IgvaLlavaModel.forward` and :func:`model.loss.token_exact_loss`.
+        """
+        outputs: IgvaLlavaModelOutput = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            instruction_embeds=instruction_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None:
+            balance_loss_weight = self.config.balance_loss_weight
+            if balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None:
+                image_to_sample = self._rows_of_images(input_ids, outputs.image_hidden_states)
+            loss = token_exact_loss(
+                outputs.last_hidden_state,
+                labels,
+                self.lm_head,
+                num_items_in_batch=num_items_in_batch,
+                fusion_weights=outputs.fusion_weights,
+                image_to_sample=image_to_sample,
+                balance_loss_weight=balance_loss_weight,
+                legacy_double_softmax=self.config.legacy_double_softmax,
+            )
+        if return_logits if return_logits is not None else labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        return IgvaLlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            fusion_weights=outputs.fusion_weights,
+        )
+
+    def _rows_of_images(self, input_ids: Tensor, image_hidden_states: Tensor) -> Tensor:
+        """(B,), the row of each image: images fill the placeholders in reading order."""
+        num_images, tokens_per_image = image_hidden_states.shape[:2]
+        counts = (input_ids == self.config.image_token_id).sum(dim=1)  # (rows,)
+        if bool((counts % tokens_per_image).any()):
+            raise ValueError(
+                f"the rows of input_ids hold {counts.tolist()} image placeholders, which are no multiples of the "
+                f"{tokens_per_image} tokens of an image; pass image_to_sample"
+            )
+        rows = torch.arange(len(counts), device=counts.device)
+        return torch.repeat_interleave(rows, counts // tokens_per_image, output_size=num_images)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, with the image inputs in the first step only, or in every step where there is no cache."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGE_INPUTS}
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+
+def _fusion_module(config: IgvaLlavaConfig) -> IGVAFusion | None:
+    fusion = config.fusion
+    if fusion["type"] != "igva":
+        return None
+    plan = config.fusion_plan(stage=2)
+    sizes = {name: fusion[name] for name in ("text_dim", "hidden_dim", "num_blocks", "num_heads")}
+    allocator = WeightAllocator(num_groups=plan.num_groups, vision_dim=config.vision_config.hidden_size, **sizes)
+    return IGVAFusion(plan, allocator, summary=fusion["summary"])
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_plain_logits(config: IgvaLlavaConfig) -> None:
+    """Refuse language models that alter their logits after the head: the loss here would silently differ from theirs."""
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+        value = getattr(config.text_config, name, neutral)
+        if value not in (None, neutral):
+            raise ValueError(
+                f"language models of type {config.text_config.model_type!r} with {name}={value!r} alter their logits after the "
+                "head, which this model does not do; use a Llama-like language model"
+            )

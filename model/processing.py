@@ -1,0 +1,224 @@
+"""The processor: pictures, text and instructions to the inputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+
+from model._hf_compat import load_image_processor
+from model.configuration import image_grid
+from model.instruction import Encoder, SentenceEncoder
+
+_ENCODER_FOLDER = "sentence_encoder"
+_ENCODER_INTERFACE = ("encode", "dimension", "fingerprint", "save")
+
+
+class IgvaLlavaProcessor(ProcessorMixin):
+    """Image processor, tokenizer and, if wished, the sentence encoder, as one thing that is saved with the model.
+
+    ``<image>`` in a text is expanded to as many placeholders as the picture has tokens.
+
+    Args:
+        image_processor: makes ``pixel_values`` (images, 3, height, width).
+        tokenizer: knows ``image_token``.
+        chat_template: one Jinja template, or several by name with ``"default"`` among them.
+        image_token: the placeholder of a picture.
+        patch_size: of the tower, in pixels.
+        token_pooling: of the model; None for none.
+
+    Raises:
+        ValueError: the tokenizer does not know ``image_token`` as one token.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        patch_size: int = 14,
+        token_pooling: int | None = None,
+    ) -> None:
+        self.image_token = image_token
+        self.patch_size = patch_size
+        self.token_pooling = token_pooling
+        self._sentence_encoder: Encoder | None = None
+        ids = tokenizer.encode(image_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer splits {image_token!r} into {len(ids)} tokens; add it as a special token first "
+                "(model.build.build_processor does)"
+            )
+        self.image_token_id = ids[0]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # ---- pictures and text ------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        instruction: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs.
+
+        Args:
+            images: pictures in the order of their ``<image>``, over all texts.
+            text: one prompt or several; ``apply_chat_template`` makes them.
+            videos, audio: not taken; named because ``apply_chat_template`` of transformers passes them.
+            instruction: what the user asks about the pictures: one sentence for all, or one for each picture. It is embedded by
+                :attr:`sentence_encoder`.
+            kwargs: as for any processor of transformers (``padding``, ``return_tensors`` ...).
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``pixel_values``, and ``instruction_embeds`` (images, E) where ``instruction``
+            is given.
+
+        Raises:
+            ValueError: numbers of pictures, placeholders and instructions that do not fit, or no sentence encoder.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("this model takes images and text, no videos and no audio")
+        features = super().__call__(images=images, text=text, **kwargs)
+        if instruction is not None:
+            num_images = len(features.get("pixel_values", ()))
+            sentences = [instruction] * num_images if isinstance(instruction, str) else list(instruction)
+            if not num_images or len(sentences) != num_images:
+                raise ValueError(
+                    f"instruction holds {len(sentences)} sentences for {num_images} images; pass one sentence, or one per image"
+                )
+            embeds = self.encode_instructions(sentences)
+            features["instruction_embeds"] = embeds if kwargs.get("return_tensors") == "pt" else embeds.numpy()
+        return features
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one picture; the base class calls this for every ``<image>``."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self.num_image_tokens(height, width)
+
+    def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """Placeholders of a picture of this size in pixels; by default of the size that the image processor makes."""
+        if height is None or width is None:
+            height, width = self.output_size
+        rows, columns = image_grid(height, width, self.patch_size, self.token_pooling)
+        return rows * columns
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the image processor makes of every picture."""
+        processor = self.image_processor
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        return size["height"], size["width"]
+
+    def tokenize_conversation(
+        self, messages: Sequence[dict[str, Any]], *, chat_template: str | None = None
+    ) -> dict[str, list[int]]:
+        """Token ids of a whole conversation, with a mask of what the assistant says: what training learns.
+
+        The mask comes from the ``{% generation %}`` spans of the template by character offsets, never from tokenizing twice.
+        Pictures are taken to have :attr:`output_size`.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}``, with ``<image>`` in the text or ``{"type": "image"}`` parts.
+            chat_template: name of one of the processor's templates (``"plain"``), or a template; None: the default.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``assistant_masks``, lists of equal length.
+
+        Raises:
+            ValueError: the template marks nothing of what the assistant says.
+        """
+        placeholders = self.image_token * self.num_image_tokens()
+        expanded = [{**message, "content": self._expand(message["content"], placeholders)} for message in messages]
+        encoded = self.tokenizer.apply_chat_template(
+            expanded,
+            chat_template=self._resolve_template(chat_template),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        if any(message["role"] == "assistant" for message in messages) and not any(encoded["assistant_masks"]):
+            raise ValueError("the chat template marks no {% generation %} span, so there would be nothing to learn")
+        return {name: list(encoded[name]) for name in ("input_ids", "attention_mask", "assistant_masks")}
+
+    def _expand(self, content: str | Sequence[dict[str, Any]], placeholders: str) -> str:
+        if isinstance(content, str):
+            return content.replace(self.image_token, placeholders)
+        parts = [f"{placeholders}\n" if part["type"] == "image" else part["text"] for part in content]
+        return "".join(parts)
+
+    def _resolve_template(self, chat_template: str | None) -> str:
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        resolved = templates.get(chat_template or "default", chat_template)
+        if resolved is None:
+            raise ValueError("this processor has no chat template; set processor.chat_template")
+        return resolved
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the inputs that the processor makes."""
+        return [*super().model_input_names, "instruction_embeds"]
+
+    # ---- instructions -----------------------------------------------------------------------------------------------
+
+    @property
+    def sentence_encoder(self) -> Encoder | None:
+        """Embeds instructions; saved in ``sentence_encoder/`` of the checkpoint."""
+        return self._sentence_encoder
+
+    @sentence_encoder.setter
+    def sentence_encoder(self, encoder: Encoder | None) -> None:
+        # By the class: asking the object for its dimension would load the encoder.
+        if encoder is not None and not all(hasattr(type(encoder), name) for name in _ENCODER_INTERFACE):
+            raise TypeError(
+                f"sentence_encoder must have encode, dimension, fingerprint and save, got {type(encoder).__name__}; "
+                "wrap a sentence-transformers folder or name in model.instruction.SentenceEncoder"
+            )
+        self._sentence_encoder = encoder
+
+    def encode_instructions(self, sentences: Sequence[str]) -> Tensor:
+        """(n, E), float32: one embedding a sentence.
+
+        Raises:
+            ValueError: the processor has no sentence encoder.
+        """
+        if self._sentence_encoder is None:
+            raise ValueError(
+                "this processor has no sentence encoder; set processor.sentence_encoder = SentenceEncoder(folder or name), or "
+                "pass instruction_embeds to the model yourself"
+            )
+        return self._sentence_encoder.encode(list(sentences))
+
+    # ---- saving and loading -----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in transformers, with the sentence encoder in ``sentence_encoder/``."""
+        if self._sentence_encoder is not None:
+            self._sentence_encoder.save(Path(save_directory) / _ENCODER_FOLDER)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> IgvaLlavaProcessor:
+        """As in transformers; the sentence encoder is found, and loaded when it is first needed."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / _ENCODER_FOLDER
+        if folder.is_dir():
+            processor.sentence_encoder = SentenceEncoder(folder)
+        return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Image processor and tokenizer; the former always the PIL one, so that pictures become the same pixels everywhere."""
+        values = (processor_dict or {}).get("image_processor")
+        if values is None:
+            raise ValueError(f"processor_config.json of {pretrained_model_name_or_path} describes no image_processor")
+        return [load_image_processor(values), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
