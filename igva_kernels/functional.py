@@ -159,7 +159,7 @@ def mix(group_means: GroupMeans, plan: FusionPlan, weights: Tensor | None = None
             "reduce with the plan that you mix with"
         )
     states = [*group_means.means, *group_means.copies]
-    _check_same(states, [f"map {index}" for index in range(len(states))], "group_means")
+    _check_same(states, range(len(states)), "map {} of group_means")
     _check_impl(impl)
     _check_weights(weights, plan, states[0], 0)
     return _run_fuse(states, weights, plan.mix_program, 0, impl)
@@ -203,7 +203,7 @@ def _states_of(hidden_states: HiddenStates, plan: FusionPlan, sources: Sequence[
         if state is None:
             raise ValueError(f"hidden_states[{layer}] is None, but the plan reads the layers {list(sources)}")
         states.append(state)
-    _check_same(states, [f"hidden_states[{layer}]" for layer in sources], "hidden_states")
+    _check_same(states, sources, "hidden_states[{}]")
     num_tokens = states[0].shape[1]
     if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool):
         raise TypeError(f"num_prefix_tokens must be an int, got {num_prefix_tokens!r}")
@@ -215,22 +215,23 @@ def _states_of(hidden_states: HiddenStates, plan: FusionPlan, sources: Sequence[
     return states
 
 
-def _check_same(states: Sequence[Tensor], names: Sequence[str], argument: str) -> None:
+def _check_same(states: Sequence[Tensor], numbers: Sequence[int], name: str) -> None:
+    """All states are (B, T, D) tensors that agree; ``name`` is a template for their numbers, filled only for an error."""
     first = states[0]
     if not isinstance(first, Tensor):
-        raise TypeError(f"{names[0]} must be a tensor, got {type(first).__name__}")
+        raise TypeError(f"{name.format(numbers[0])} must be a tensor, got {type(first).__name__}")
     if first.ndim != 3:
-        raise ValueError(f"{names[0]} must have the shape (B, T, D), got {tuple(first.shape)}")
+        raise ValueError(f"{name.format(numbers[0])} must have the shape (B, T, D), got {tuple(first.shape)}")
     if not first.is_floating_point():
-        raise TypeError(f"{names[0]} must be floating point, got {first.dtype}")
+        raise TypeError(f"{name.format(numbers[0])} must be floating point, got {first.dtype}")
     shape, dtype, device = first.shape, first.dtype, first.device
-    for state, name in zip(states, names, strict=True):
+    for index, state in enumerate(states):
         if not isinstance(state, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(state).__name__}")
+            raise TypeError(f"{name.format(numbers[index])} must be a tensor, got {type(state).__name__}")
         if state.dtype != dtype or state.device != device or state.shape != shape:
             raise ValueError(
-                f"all {argument} must agree in shape, dtype and device: {names[0]} is "
-                f"{tuple(shape)} {dtype} on {device}, {name} is {tuple(state.shape)} {state.dtype} on {state.device}"
+                f"all states must agree in shape, dtype and device: {name.format(numbers[0])} is {tuple(shape)} {dtype} on "
+                f"{device}, {name.format(numbers[index])} is {tuple(state.shape)} {state.dtype} on {state.device}"
             )
 
 

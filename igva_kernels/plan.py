@@ -110,7 +110,7 @@ class FusionPlan:
             "program": program,
             "mix_program": program.over_means(),
             "summary_sources": summary_sources,
-            "summary_program": _compile((Weighted(groups),), summary_sources),
+            "summary_program": _compile((Weighted(groups),) if groups else (), summary_sources),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
