@@ -1,4 +1,4 @@
-"""A model and its processor from parts: a vision tower, a language model and a sentence encoder, each a folder or a hub name."""
+"""A model and its processor from parts: vision tower, language model and sentence encoder, each a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def build_model(
 
     Args:
         vision_tower: folder or hub name; of a CLIP or SigLIP checkpoint with both halves the vision half is loaded.
-        language_model: folder or hub name of a Llama-like causal language model with its tokenizer. If the tokenizer does not know
-            ``<image>``, the token is added and the embeddings grow to hold it.
+        language_model: folder or hub name of a Llama-like causal language model with its tokenizer. If the tokenizer does not
+            know ``<image>``, the token is added and the embeddings grow to hold it.
         fusion, token_pooling, projector_hidden_act, projector_input_norm, projector_output_norm, image_size, num_prefix_tokens,
             balance_loss_weight, legacy_double_softmax: see :class:`model.configuration.IgvaLlavaConfig`.
         dtype: of all parameters.
@@ -104,8 +104,12 @@ def build_model(
     model.tie_weights()
     model.to(dtype)
     model.generation_config = causal_lm.generation_config
-    if config.image_token_id >= config.text_config.vocab_size:
+    vocab_size = config.text_config.vocab_size
+    if config.image_token_id >= vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_VOCABULARY_MULTIPLE)
+    # Rows that no text ever trained: a picture's place and the padding of the vocabulary are no answers.
+    no_answer = {config.image_token_id, *range(vocab_size, config.text_config.vocab_size)}
+    model.generation_config.suppress_tokens = sorted(no_answer)
     return model.eval()
 
 
@@ -126,13 +130,13 @@ def build_processor(
         config: the model's configuration.
         sentence_encoder: folder, hub name or encoder; None for none (instruction embeddings then come from elsewhere).
         image_size: side of the pictures; by default ``config.image_size``.
-        chat_template: ``"vicuna_v1"``, ``"chatml"``, ``"plain"``, or a Jinja template with ``{% generation %}`` spans. None keeps the
-            tokenizer's own if it has such spans, and else takes ``"chatml"`` for tokenizers with ``<|im_end|>`` and ``"vicuna_v1"``
-            for others. The processor has ``"plain"`` (stage 1) by name in any case.
+        chat_template: ``"vicuna_v1"``, ``"chatml"``, ``"plain"``, or a Jinja template with ``{% generation %}`` spans. None
+            keeps the tokenizer's own if it has such spans, and else takes ``"chatml"`` for tokenizers with ``<|im_end|>`` and
+            ``"vicuna_v1"`` for others. The processor has ``"plain"`` (stage 1) by name in any case.
 
     Raises:
-        ValueError: the tokenizer's ``<image>`` is not the config's, the encoder's width is not the fusion's ``text_dim``, or there is no
-            image processor for the tower.
+        ValueError: the tokenizer's ``<image>`` is not the config's, the encoder's width is not the fusion's ``text_dim``, or
+            there is no image processor for the tower.
     """
     tokenizer = _tokenizer_with_image_token(language_model)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -34,26 +34,27 @@ class IgvaLlavaConfig(PreTrainedConfig):
     """Configuration of :class:`model.modeling.IgvaLlavaForConditionalGeneration`.
 
     Args:
-        vision_config: config of the tower, as an object or a dict with ``model_type`` (default ``clip_vision_model``). Of a config
-            that holds a vision part (CLIP, SigLIP) that part is taken.
+        vision_config: config of the tower, as an object or a dict with ``model_type`` (default ``clip_vision_model``). Of a
+            config that holds a vision part (CLIP, SigLIP) that part is taken.
         text_config: config of the causal language model, as an object or a dict with ``model_type`` (default ``llama``).
         fusion: which layers are mixed, and how; missing keys take their defaults, unknown keys are refused.
 
-            ``{"type": "igva", "num_groups": 4, "groups": None, "base": -2, "order": "fused_first", "stage": 2, "summary": "cls",
-            "text_dim": 768, "hidden_dim": 1024, "num_blocks": 4, "num_heads": 4}``: the plan as in
-            :meth:`igva_kernels.FusionPlan.igva`; ``stage`` 1 is the plain average (the allocator is not run), 2 the weights of the
-            instruction; ``text_dim`` is the width of the sentence embeddings (768 for all-mpnet-base-v2); the other sizes are those
-            of :class:`igva_kernels.modules.WeightAllocator`.
+            ``{"type": "igva", "num_groups": 4, "groups": None, "base": -2, "order": "fused_first", "stage": 2, "summary":
+            "cls", "text_dim": 768, "hidden_dim": 1024, "num_blocks": 4, "num_heads": 4}``: the plan as in
+            :meth:`igva_kernels.FusionPlan.igva`; ``stage`` 1 is the plain average (the allocator is not run), 2 the weights of
+            the instruction; ``text_dim`` is the width of the sentence embeddings (768 for all-mpnet-base-v2); the other sizes
+            are those of :class:`igva_kernels.modules.WeightAllocator`.
 
             ``{"type": "llava", "layer": -2}``: one layer, as LLaVA-1.5.
         image_token_id: id of ``<image>`` in the tokenizer; every placeholder with it is overwritten by an image feature.
         image_size: side of the square images that the processor makes; by default the one that the tower was trained with.
-        num_prefix_tokens: tokens before the patches; None takes it from the tower's model type. Needed for types that the library
-            does not know.
-        token_pooling: side of the square of fused tokens that is averaged before the projector; None for none, 2 leaves a quarter.
+        num_prefix_tokens: tokens before the patches; None takes it from the tower's model type. Needed for types that the
+            library does not know.
+        token_pooling: side of the square of fused tokens that is averaged before the projector; None for none, 2 leaves a
+            quarter.
         projector_hidden_act: activation between the projector's two linear layers.
-        projector_input_norm: LayerNorm before the projector. The slots of the fused map differ in scale; with few training steps
-            the norms decide whether a projector trained from nothing learns anything.
+        projector_input_norm: LayerNorm before the projector. The slots of the fused map differ in scale; with few training
+            steps the norms decide whether a projector trained from nothing learns anything.
         projector_output_norm: LayerNorm after the projector, which brings the features to the scale of word embeddings.
         balance_loss_weight: λ, the weight of the negative entropy of the fusion weights in the loss.
         legacy_double_softmax: take the entropy of ``softmax(weights)``, as the released code does (the weights are a softmax
@@ -62,12 +63,13 @@ class IgvaLlavaConfig(PreTrainedConfig):
 
     Raises:
         TypeError: ``fusion`` is no dict.
-        ValueError: an unknown fusion type, key or stage, a tower whose prefix tokens are unknown, an image that the tower or the
-            pooling cannot divide, a plan that does not fit the tower's depth.
+        ValueError: an unknown fusion type, key or stage, a tower whose prefix tokens are unknown, an image that the tower or
+            the pooling cannot divide, a plan that does not fit the tower's depth.
     """
 
     model_type = "igva_llava"
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states", "fusion_weights"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -120,8 +122,8 @@ class IgvaLlavaConfig(PreTrainedConfig):
         """The plan of the configured fusion.
 
         Args:
-            stage: 1 or 2 for IGVA; by default the configured one. Stage 1 with groups of unequal size has no plan of its own: it
-                is the plan of stage 2 with the weights 1/K, which is what this returns.
+            stage: 1 or 2 for IGVA; by default the configured one. Stage 1 with groups of unequal size has no plan of its own:
+                it is the plan of stage 2 with the weights 1/K, which is what this returns.
         """
         num_layers = self.vision_config.num_hidden_layers
         fusion = self.fusion

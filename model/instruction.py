@@ -18,8 +18,8 @@ from torch import Tensor
 
 InstructionPolicy = Literal["mean_of_turns", "first_turn", "last_turn"]
 
-#: The answer-format prompts of LLaVA-1.5's data (haotian-liu/LLaVA, docs/Evaluation.md). They say how to answer, not where to look:
-#: the released IGVA code embeds the question without them.
+#: The answer-format prompts of LLaVA-1.5's data (haotian-liu/LLaVA, docs/Evaluation.md). They say how to answer, not where to
+#: look: the released IGVA code embeds the question without them.
 ANSWER_FORMAT_SUFFIXES = (
     "Answer the question using a single word or phrase.",
     "Answer using a single word or phrase.",
@@ -59,8 +59,9 @@ def instruction_texts(
 
     Args:
         human_turns: what the user says, turn by turn.
-        policy: ``"mean_of_turns"`` takes all turns: the released training data carry one vector a conversation and are named after
-            the average of the turns. ``"first_turn"`` and ``"last_turn"`` take one; in a chat the last one is the question at hand.
+        policy: ``"mean_of_turns"`` takes all turns: the released training data carry one vector a conversation and are named
+            after the average of the turns. ``"first_turn"`` and ``"last_turn"`` take one; in a chat the last one is the
+            question at hand.
         image_token: placeholder to take out.
         suffixes: answer-format prompts to take off the end of a turn.
 
@@ -131,7 +132,8 @@ class SentenceEncoder:
         self.device = device
         self.batch_size = batch_size
         self._encoder: Any = None
-        self._fingerprint: str | None = None
+        # A folder that this class has saved names its fingerprint, which spares loading; loading then checks it.
+        self._fingerprint = _stored_fingerprint(Path(path_or_name))
 
     @property
     def dimension(self) -> int:
@@ -144,8 +146,8 @@ class SentenceEncoder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over weights, vocabulary and the settings that change a vector; the same on every machine."""
-        self._loaded()
-        assert self._fingerprint is not None  # for the type checker: _loaded sets it
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint_of(self._loaded())
         return self._fingerprint
 
     def encode(self, sentences: Sequence[str]) -> Tensor:
@@ -187,14 +189,12 @@ class SentenceEncoder:
                     "(or pass instruction_embeds that were computed elsewhere)"
                 ) from error
             encoder = SentenceTransformer(self.path_or_name, device=self.device).eval()
-            fingerprint = _fingerprint_of(encoder)
-            expected = _stored_fingerprint(Path(self.path_or_name))
-            if expected not in (None, fingerprint):
+            if self._fingerprint is not None and (actual := _fingerprint_of(encoder)) != self._fingerprint:
                 raise ValueError(
-                    f"the sentence encoder in {self.path_or_name} has the fingerprint {fingerprint[:12]}, but was saved with "
-                    f"{expected[:12]}: its files were changed; copy the folder again"
+                    f"the sentence encoder in {self.path_or_name} has the fingerprint {actual[:12]}, but was saved with "
+                    f"{self._fingerprint[:12]}: its files were changed; copy the folder again"
                 )
-            self._encoder, self._fingerprint = encoder, fingerprint
+            self._encoder = encoder
         return self._encoder
 
 
@@ -221,9 +221,9 @@ def _stored_fingerprint(folder: Path) -> str | None:
 class InstructionCache:
     """Vectors of sentences on disk, so that each sentence is encoded once for all runs and epochs.
 
-    A vector is found by the hash of its sentence, below the fingerprint of its encoder: another encoder never finds it. The files are
-    safetensors shards ``<fingerprint>/<hash>.safetensors`` with ``keys`` (n, 32) uint8 and ``embeds`` (n, E) float32, written to a
-    temporary name and renamed, so that several processes may share a folder and a killed one leaves no half file.
+    A vector is found by the hash of its sentence, below the fingerprint of its encoder: another encoder never finds it. The
+    files are safetensors shards ``<fingerprint>/<hash>.safetensors`` with ``keys`` (n, 32) uint8 and ``embeds`` (n, E) float32,
+    written to a temporary name and renamed, so that several processes may share a folder and a killed one leaves no half file.
 
     Args:
         folder: where the shards live; made if missing.
@@ -295,7 +295,9 @@ def _open_shard(shard: Path) -> Any:
         handle = safe_open(str(shard), framework="pt")
         keys, embeds = handle.get_slice("keys").get_shape(), handle.get_slice("embeds").get_shape()
     except SafetensorError as error:
-        raise ValueError(f"the cache file {shard} is damaged ({error}); delete it, and its sentences are encoded anew") from error
+        raise ValueError(
+            f"the cache file {shard} is damaged ({error}); delete it, and its sentences are encoded anew"
+        ) from error
     if len(embeds) != 2 or keys != [embeds[0], 32]:
         raise ValueError(f"the cache file {shard} holds keys {keys} and embeds {embeds}, which do not fit; delete it")
     return handle

@@ -2,10 +2,10 @@
 
     loss = Σ_b (ce_sum_b + λ · n_b · balance_b) / num_items
 
-over the samples b of all batches that share one optimizer step: ``ce_sum_b`` is the summed cross-entropy of the sample, ``n_b`` the
-number of its labels, ``balance_b`` the mean over its images of the negative entropy of their fusion weights, ``num_items`` the sum
-of n_b over the whole step. A mean per batch would be multiplied by the accumulation steps and the ranks; this sum is the same for
-one batch of 32 and four of 8.
+over the samples b of all batches that share one optimizer step: ``ce_sum_b`` is the summed cross-entropy of the sample, ``n_b``
+the number of its labels, ``balance_b`` the mean over its images of the negative entropy of their fusion weights, ``num_items``
+the sum of n_b over the whole step. A mean per batch would be multiplied by the accumulation steps and the ranks; this sum is
+the same for one batch of 32 and four of 8.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def token_exact_loss(
 ) -> Tensor:
     """The loss of one forward pass.
 
-    The head runs at positions with a label only: in LLaVA's data four of five positions are image or prompt tokens, whose logits
-    would cost (positions x vocabulary) floats for nothing.
+    The head runs at positions with a label only: in LLaVA's data four of five positions are image or prompt tokens, whose
+    logits would cost (positions x vocabulary) floats for nothing.
 
     Args:
         hidden_states: (rows, S, H), the last hidden states of the language model.

@@ -114,8 +114,8 @@ class IgvaLlavaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one of our own modules; the tower and the language model initialise themselves.
 
-        Allocator and projector start as torch starts them, which is how the official modules start. transformers calls this under
-        a guard that leaves parameters alone that a checkpoint has filled, so torch's own routines are safe here.
+        Allocator and projector start as torch starts them, which is how the official modules start. transformers calls this
+        under a guard that leaves parameters alone that a checkpoint has filled, so torch's own routines are safe here.
         """
         if module is self.get_output_embeddings():
             nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
@@ -190,8 +190,8 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            instruction_embeds: (B, E), one sentence embedding an image; not read in stage 1. None in stage 2 gives every group the
-                weight 1/K.
+            instruction_embeds: (B, E), one sentence embedding an image; not read in stage 1. None in stage 2 gives every group
+                the weight 1/K.
             kwargs: taken for the sake of generate(), which passes ``return_dict``; not read.
 
         Raises:
@@ -320,8 +320,8 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if features is None:
             if num_placeholders:
                 raise ValueError(
-                    f"input_ids holds {num_placeholders} image placeholders (id {self.config.image_token_id}), but there are no "
-                    "pixel_values; pass the images, or remove <image> from the text"
+                    f"input_ids holds {num_placeholders} image placeholders (id {self.config.image_token_id}), but there are "
+                    "no pixel_values; pass the images, or remove <image> from the text"
                 )
             return inputs_embeds
         tokens = features.pooler_output

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -29,6 +30,7 @@ class IgvaLlavaProcessor(ProcessorMixin):
         image_token: the placeholder of a picture.
         patch_size: of the tower, in pixels.
         token_pooling: of the model; None for none.
+        sentence_encoder_fingerprint: of the encoder that was saved beside the processor; set by :meth:`save_pretrained`.
 
     Raises:
         ValueError: the tokenizer does not know ``image_token`` as one token.
@@ -42,8 +44,10 @@ class IgvaLlavaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         patch_size: int = 14,
         token_pooling: int | None = None,
+        sentence_encoder_fingerprint: str | None = None,
     ) -> None:
         self.image_token = image_token
+        self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.patch_size = patch_size
         self.token_pooling = token_pooling
         self._sentence_encoder: Encoder | None = None
@@ -200,17 +204,30 @@ class IgvaLlavaProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in transformers, with the sentence encoder in ``sentence_encoder/``."""
-        if self._sentence_encoder is not None:
-            self._sentence_encoder.save(Path(save_directory) / _ENCODER_FOLDER)
+        encoder = self._sentence_encoder
+        self.sentence_encoder_fingerprint = None if encoder is None else encoder.fingerprint
+        if encoder is not None:
+            encoder.save(Path(save_directory) / _ENCODER_FOLDER)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> IgvaLlavaProcessor:
-        """As in transformers; the sentence encoder is found, and loaded when it is first needed."""
+        """As in transformers; a sentence encoder that was saved with the processor is found, and loaded when first needed.
+
+        Raises:
+            ValueError: the processor was saved with a sentence encoder that is missing, or is another one.
+        """
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / _ENCODER_FOLDER
-        if folder.is_dir():
-            processor.sentence_encoder = SentenceEncoder(folder)
+        expected = processor.sentence_encoder_fingerprint
+        if expected is not None:
+            folder = _encoder_folder(pretrained_model_name_or_path, **kwargs)
+            encoder = SentenceEncoder(folder)
+            if not folder.is_dir() or encoder.fingerprint != expected:
+                raise ValueError(
+                    f"the processor was saved with the sentence encoder {expected[:12]}, but {folder} "
+                    f"{'holds another one' if folder.is_dir() else 'is missing'}; copy the whole checkpoint"
+                )
+            processor.sentence_encoder = encoder
         return processor
 
     @classmethod
@@ -222,3 +239,11 @@ class IgvaLlavaProcessor(ProcessorMixin):
         if values is None:
             raise ValueError(f"processor_config.json of {pretrained_model_name_or_path} describes no image_processor")
         return [load_image_processor(values), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+
+
+def _encoder_folder(checkpoint: str | Path, **kwargs: Any) -> Path:
+    """``sentence_encoder/`` of a folder, or of a repository of the hub, which is downloaded."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) / _ENCODER_FOLDER
+    hub_arguments = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+    return Path(snapshot_download(str(checkpoint), allow_patterns=[f"{_ENCODER_FOLDER}/*"], **hub_arguments)) / _ENCODER_FOLDER

@@ -131,7 +131,7 @@ def make_model(make_config: Callable[..., IgvaLlavaConfig]) -> Callable[..., Igv
 
 @pytest.fixture
 def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
-    """``make_batch(model, images_per_row, length)``: random text with whole images in it, labels on the last half of each row."""
+    """``make_batch(model, images_per_row, length)``: random text with whole images in it, labels on the last half of a row."""
 
     def make(
         model: IgvaLlavaForConditionalGeneration, images_per_row: Sequence[int] = (1, 1), length: int = 16, seed: int = 0
