@@ -34,7 +34,7 @@ setup(
             "numpy<2.4",  # Triton 3.6's interpreter breaks on newer ones (triton#9171)
             "pytest>=8",
             "pytest-benchmark>=5",
-            "hypothesis>=6",
+            "pytest-xdist>=3",
             "ruff",
             "mypy",
             "build",

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+import igva_kernels
+
+PACKAGE_FOLDER = Path(igva_kernels.__file__).parents[1]  # the tree, or where the wheel is installed
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], cwd=PACKAGE_FOLDER, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("module", ["igva_kernels", "igva_kernels.modules"])

