@@ -69,7 +69,7 @@ class DataSource:
     """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps."""
     aspect_ratio: AspectRatio = "pad"
     """``pad`` puts an image on a square of the mean colour; ``square`` stretches it to one."""
-    instruction_policy: InstructionPolicy = "first_turn"
+    instruction_policy: InstructionPolicy = "mean_of_turns"
     """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all
     embeddings."""
     instruction_cache: str | None = None

@@ -1,0 +1,117 @@
+"""Where a run writes: everything in ``OUTPUT_DIR.partial``, and the finished checkpoint in one rename.
+
+A run that fails, or is killed, leaves the earlier checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from model.configuration import IgvaLlavaConfig
+from model.training.recipe import TrainRecipe
+
+RUN_RECORDS = "training"
+
+
+class RunFolders:
+    """The folders of one run.
+
+    Args: recipe: names the checkpoint folder, and says whether it may be replaced and whether the run goes on from an
+        earlier one.
+
+    Raises: FileExistsError: something stands where the checkpoint is to go and ``overwrite`` is not set, or it is no
+        checkpoint of this
+            package; or an unfinished run stands there and neither ``resume`` nor ``overwrite`` is set.
+        FileNotFoundError: ``resume`` is set and there is no intermediate checkpoint.
+    """
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        self.checkpoint = recipe.checkpoint_folder
+        self.partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+        self._may_replace = recipe.overwrite or recipe.smoke
+        if _holds_something(self.checkpoint):
+            self._check_replaceable()
+        if recipe.resume:
+            if self.newest_intermediate() is None:
+                raise FileNotFoundError(f"resume is set, but there is no intermediate checkpoint in {self.intermediate}")
+        elif _holds_something(self.partial) and not self._may_replace:
+            raise FileExistsError(
+                f"an unfinished run stands in {self.partial}; set resume=true to go on with it, or overwrite=true to replace it"
+            )
+
+    @property
+    def log(self) -> Path:
+        """The JSONL log of the run."""
+        return self.partial / "log.jsonl"
+
+    @property
+    def intermediate(self) -> Path:
+        """Folder of the intermediate checkpoints."""
+        return self.partial / "checkpoints"
+
+    @property
+    def instructions(self) -> Path:
+        """Embeddings of the instructions, where the recipe names no folder for them."""
+        return self.partial / "instructions"
+
+    @property
+    def staging(self) -> Path:
+        """Where the finished checkpoint is put together."""
+        return self.partial / "finished"
+
+    @property
+    def records(self) -> Path:
+        """What the checkpoint tells of the run that made it."""
+        return self.staging / RUN_RECORDS
+
+    def newest_intermediate(self) -> Path | None:
+        """The newest intermediate checkpoint."""
+        found = [folder for folder in self.intermediate.glob("checkpoint-*") if folder.is_dir()]
+        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+    def resume_from(self, resume: bool) -> str | None:
+        """The intermediate checkpoint that a resumed run goes on from; None for a run from the beginning."""
+        return str(self.newest_intermediate()) if resume else None
+
+    def start(self, resume: bool) -> None:
+        """Make the folder of the run, empty unless it is resumed."""
+        if not resume and self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+
+    def publish(self) -> None:
+        """Move the staged checkpoint to its place; a replaced one is deleted only after that."""
+        replaced = self.checkpoint.with_name(self.checkpoint.name + ".replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        if self.checkpoint.exists():
+            os.replace(self.checkpoint, replaced)
+        os.replace(self.staging, self.checkpoint)
+        shutil.rmtree(self.partial)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def _check_replaceable(self) -> None:
+        if not self._may_replace:
+            raise FileExistsError(f"{self.checkpoint} is not empty; choose another output_dir, or set overwrite=true")
+        # A slip such as output_dir=. must not cost a folder of something else.
+        if not is_checkpoint(self.checkpoint):
+            raise FileExistsError(
+                f"{self.checkpoint} is no {IgvaLlavaConfig.model_type} checkpoint, so it is not overwritten; choose another "
+                "output_dir, or move the folder away"
+            )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model of this package."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    return json.loads(config.read_text(encoding="utf-8")).get("model_type") == IgvaLlavaConfig.model_type
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))

@@ -1,0 +1,151 @@
+"""Low-rank adapters on the language model, saved together with what else was trained, and merged.
+
+The adapters go into the model itself: it stays an ``IgvaLlavaForConditionalGeneration``, and its forward, its loss
+arguments and its generation are the same with and without them. A folder of adapters holds
+
+    adapter_config.json, adapter_model.safetensors     what peft writes projector_and_allocator.safetensors
+    the other trained parts: without them adapters are half a checkpoint
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model.training.recipe import LoraSettings
+
+if TYPE_CHECKING:
+    from model.modeling import IgvaLlavaForConditionalGeneration
+
+ADAPTER_FILE = "adapter_model.safetensors"
+TRAINED_PARTS_FILE = "projector_and_allocator.safetensors"
+_LANGUAGE_MODEL = "model.language_model"
+_TRAINED_PARTS = ("model.multi_modal_projector.", "model.fusion.")
+
+
+def add_lora(model: IgvaLlavaForConditionalGeneration, settings: LoraSettings) -> None:
+    """Put new adapters (which change nothing yet) on linear layers of the language model, in place.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model has adapters already, or ``target_modules`` names no linear layer of the language model.
+    """
+    peft = _peft()
+    if has_lora(model):
+        raise ValueError("the model has adapters already; merge them first with merge_lora")
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_target_modules(model, settings),
+        bias="none",
+    )
+    peft.inject_adapter_in_model(config, model)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether any layer carries an adapter."""
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+def save_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) -> None:
+    """Write adapters, projector and allocator of a model that was given adapters by :func:`add_lora`.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    peft = _peft()
+    _require_lora(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_contiguous(peft.get_peft_model_state_dict(model)), folder / ADAPTER_FILE)
+    save_file(_contiguous(_trained_parts(model)), folder / TRAINED_PARTS_FILE)
+    # Last, as its presence says that the folder is whole.
+    model.peft_config["default"].save_pretrained(str(folder))
+
+
+def load_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) -> None:
+    """Load what :func:`save_adapters` wrote into the base model it was trained from; adds adapters where there are
+    none.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: the tensors do not fit the model.
+    """
+    peft = _peft()
+    folder = Path(folder)
+    for name in ("adapter_config.json", ADAPTER_FILE, TRAINED_PARTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; it is not a folder of adapters, or was not written to its end")
+    if not has_lora(model):
+        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), model)
+    result = peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"the adapters in {folder} do not fit the model: {(missing + result.unexpected_keys)[:3]} ...")
+    parts = load_file(folder / TRAINED_PARTS_FILE)
+    unexpected = model.load_state_dict(parts, strict=False).unexpected_keys
+    absent = _trained_parts(model).keys() - parts.keys()
+    if unexpected or absent:
+        raise ValueError(f"projector and allocator in {folder} do not fit the model: {[*unexpected, *absent][:3]} ...")
+
+
+@torch.no_grad()
+def merge_lora(model: IgvaLlavaForConditionalGeneration) -> None:
+    """Add the adapters into the weights and remove them, in place: a plain model is left, which saves and loads
+    without peft.
+
+    Raises:
+        ValueError: the model has no adapters, or a merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _require_lora(model)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+
+
+def _target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
+    # Full names: a short one such as "q_proj" would match the tower and the allocator too.
+    linear = [
+        f"{_LANGUAGE_MODEL}.{name}"
+        for name, module in model.get_submodule(_LANGUAGE_MODEL).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    if settings.target_modules == "all-linear":
+        return linear
+    wanted = set(settings.target_modules)
+    missing = wanted - {name.rpartition(".")[2] for name in linear}
+    if missing:
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"lora.target_modules: no linear layer {sorted(missing)} in the language model, which has {there}")
+    return [name for name in linear if name.rpartition(".")[2] in wanted]
+
+
+def _trained_parts(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_TRAINED_PARTS)}
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _require_lora(model: nn.Module) -> None:
+    if not has_lora(model):
+        raise ValueError("the model has no adapters; add them with add_lora")
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'igva-kernels[train]'") from error
+    return peft

@@ -1,0 +1,248 @@
+"""One training run, from a recipe to a checkpoint.
+
+result = train(load_recipe("recipe.yaml"))
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from model.build import build_model, build_processor
+from model.data.collator import ImageTextCollator
+from model.data.dataset import LlavaDataset
+from model.data.llava_json import Sample, read_llava_json
+from model.instruction import InstructionCache, InstructionPolicy, SentenceEncoder, instruction_texts
+from model.modeling import IgvaLlavaForConditionalGeneration
+from model.processing import IgvaLlavaProcessor
+from model.training.callbacks import JsonlLog, StatusLine
+from model.training.folders import RunFolders
+from model.training.freeze import apply_stage
+from model.training.lora import add_lora, has_lora, merge_lora, save_adapters
+from model.training.meter import peak_memory_gb
+from model.training.precision import choose_precision
+from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe
+from model.training.trainer import IgvaTrainer
+
+log = Console(stderr=True)
+
+
+def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Train as a recipe says and save the checkpoint.
+
+    Args:
+        recipe: the run.
+        callbacks: further callbacks of transformers' Trainer.
+
+    Returns: ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after ``import
+        model``), ``steps``, ``train_loss``, ``eval_loss`` (None without held-out data), ``seconds``, ``precision``,
+        ``peak_memory_gb`` and ``parameters`` (counts by part).
+
+    Raises: ValueError, FileNotFoundError, FileExistsError: settings, data or folders that do not fit; nothing was
+        trained then.
+    """
+    start = time.perf_counter()
+    folders = RunFolders(recipe)
+    set_seed(recipe.seed)
+
+    log.print(f"[bold]{recipe.name}[/bold]: loading the parts")
+    model, processor = load_parts(recipe.model)
+    model.config.balance_loss_weight = recipe.balance_loss_weight
+    model.config.legacy_double_softmax = recipe.legacy_double_softmax
+
+    if recipe.resolved_language_model_training == "lora":
+        add_lora(model, recipe.lora)
+    report = apply_stage(model, recipe.stage, recipe.resolved_language_model_training)
+    log.print(report.table())
+    if recipe.activation_checkpointing:
+        # The tower is frozen and keeps nothing; only the language model has activations worth giving up.
+        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    folders.start(recipe.resume)
+    train_data, eval_data = load_data(recipe, processor, folders.instructions)
+    log.print(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
+
+    trainer = IgvaTrainer(
+        model=model,
+        args=training_arguments(recipe, folders),
+        data_collator=ImageTextCollator(processor.tokenizer.pad_token_id),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=processor,
+        callbacks=[StatusLine(), JsonlLog(folders.log, {"recipe": recipe.to_dict(), "parts": report.to_dict()}), *callbacks],
+        projector_learning_rate=recipe.projector_learning_rate,
+        allocator_learning_rate=recipe.allocator_learning_rate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    outcome = trainer.train(resume_from_checkpoint=folders.resume_from(recipe.resume))
+    eval_loss = trainer.evaluate()["eval_loss"] if eval_data else None
+
+    result = {
+        "checkpoint": str(folders.checkpoint),
+        "steps": outcome.global_step,
+        "train_loss": outcome.training_loss,
+        "eval_loss": eval_loss,
+        "seconds": time.perf_counter() - start,
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "peak_memory_gb": peak_memory_gb(),
+        "parameters": report.to_dict(),
+    }
+    if trainer.is_world_process_zero():
+        save_checkpoint(recipe, trainer, processor, folders, result)
+        log.print(f"saved {folders.checkpoint}")
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
+    """The model in fp32 and its processor, from a checkpoint or from parts."""
+    encoder = SentenceEncoder(source.sentence_encoder) if source.sentence_encoder else None
+    if source.checkpoint is not None:
+        model = AutoModelForImageTextToText.from_pretrained(source.checkpoint, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source.checkpoint)
+        if encoder is not None:
+            processor.sentence_encoder = encoder
+    else:
+        fusion = dict(source.fusion or {"type": "igva"})
+        if encoder is not None and fusion.get("type", "igva") == "igva":
+            fusion.setdefault("text_dim", encoder.dimension)
+        model = build_model(
+            source.vision_tower,
+            source.language_model,
+            fusion=fusion,
+            token_pooling=source.token_pooling,
+            projector_input_norm=source.projector_input_norm,
+            projector_output_norm=source.projector_output_norm,
+            image_size=source.image_size,
+        )
+        processor = build_processor(source.vision_tower, source.language_model, model.config, sentence_encoder=encoder)
+    _check_encoder(model, processor)
+    return model, processor
+
+
+def load_data(
+    recipe: TrainRecipe, processor: IgvaLlavaProcessor, cache_folder: Path
+) -> tuple[LlavaDataset, LlavaDataset | None]:
+    """The data to train on and those held out; every instruction is embedded before the first step."""
+    source = recipe.data
+    samples = read_llava_json(source.path, source.image_folder)
+    held_out = read_llava_json(source.eval_path, source.image_folder) if source.eval_path else None
+    embed = None
+    # Stage 1 averages the layers whatever the instruction is.
+    if recipe.stage == 2 and processor.sentence_encoder is not None:
+        cache = InstructionCache(source.instruction_cache or cache_folder, processor.sentence_encoder)
+        fill_cache(cache, samples + (held_out or []), source.instruction_policy)
+        embed = cache.get
+
+    def dataset(samples: list[Sample]) -> LlavaDataset:
+        return LlavaDataset(
+            samples,
+            processor,
+            embed=embed,
+            aspect_ratio=source.aspect_ratio,
+            instruction_policy=source.instruction_policy,
+            chat_template=_template(source.chat_template),
+            max_length=source.max_length,
+        )
+
+    return dataset(samples), dataset(held_out) if held_out else None
+
+
+def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: InstructionPolicy) -> int:
+    """Embed what the cache lacks of the samples with images; returns how many different texts they have."""
+    texts = {text for sample in samples if sample.images for text in instruction_texts(sample.human_turns, policy)}
+    cache.get(sorted(texts))
+    return len(texts)
+
+
+def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
+    """The settings of a recipe in the words of transformers' Trainer."""
+    precision = choose_precision(recipe.precision, PartialState().device)
+    log.print(f"arithmetic: {precision.precision} ({precision.reason})")
+    max_steps = recipe.max_steps or -1
+    if recipe.smoke:
+        max_steps = min(SMOKE_STEPS, recipe.max_steps or SMOKE_STEPS)
+    save_every = None if recipe.smoke else recipe.save_every
+    return TrainingArguments(
+        output_dir=str(folders.intermediate),
+        run_name=recipe.name,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_eval_batch_size=recipe.eval_batch_size or recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.accumulation_steps(PartialState().num_processes),
+        num_train_epochs=recipe.epochs,
+        max_steps=max_steps,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type="constant_with_warmup" if recipe.scheduler == "constant" else recipe.scheduler,
+        bf16=precision.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        logging_steps=1 if recipe.smoke else recipe.log_every,
+        logging_first_step=True,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=1,
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every,
+        prediction_loss_only=True,
+        dataloader_num_workers=recipe.data.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # The collator's tensors are not all arguments that the Trainer would find by name before collation.
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=recipe.trackers or "none",
+        disable_tqdm=True,  # StatusLine shows more
+    )
+
+
+def save_checkpoint(
+    recipe: TrainRecipe,
+    trainer: IgvaTrainer,
+    processor: IgvaLlavaProcessor,
+    folders: RunFolders,
+    result: dict[str, Any],
+) -> None:
+    """Put the checkpoint together and move it to its place.
+
+    Adapters are saved as they are, in ``adapters/``, and merged: the checkpoint itself is a plain model.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    folders.records.mkdir(parents=True)
+    if has_lora(model):
+        save_adapters(model, folders.staging / "adapters")
+        merge_lora(model)
+    model.save_pretrained(folders.staging)
+    processor.save_pretrained(folders.staging)
+    trainer.state.save_to_json(str(folders.records / "trainer_state.json"))
+    (folders.records / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    (folders.records / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(folders.log, folders.records / folders.log.name)
+    folders.publish()
+
+
+def _check_encoder(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlavaProcessor) -> None:
+    expected, encoder = model.config.fusion.get("text_dim"), processor.sentence_encoder
+    if encoder is not None and expected not in (None, encoder.dimension):
+        raise ValueError(
+            f"model.sentence_encoder gives {encoder.dimension} numbers a sentence, but the checkpoint's allocator takes {expected}; "
+            "use the encoder that it was built with"
+        )
+
+
+def _template(name_or_file: str | None) -> str | None:
+    if name_or_file is not None and Path(name_or_file).is_file():
+        return Path(name_or_file).read_text(encoding="utf-8")
+    return name_or_file

@@ -1,0 +1,133 @@
+"""A small LLaVA JSON file with real pictures, tiny parts, and recipes for runs of seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from model import IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor
+from model.training.recipe import DataSource, ModelSource, TrainRecipe
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+def record(sample_id: str, image: str | list[str] | None, *turns: str, **more: Any) -> dict[str, Any]:
+    """One LLaVA record; the turns alternate between human and gpt."""
+    conversations = [
+        {"from": "gpt" if position % 2 else "human", "value": text} for position, text in enumerate(turns)
+    ]
+    entry = {"id": sample_id, "conversations": conversations, **more}
+    return entry if image is None else {**entry, "image": image}
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., dict[str, Any]]:
+    return record
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One 40 x 20 picture of each colour."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 20), colour).save(folder / "images" / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict[str, Any]]:
+    """Sixteen samples of every shape: one image, two images, several turns, none."""
+    single = [
+        record(f"colour-{i}", f"images/{name}.png", f"<image>\nWhich colour, {i}?", name, level="colour")
+        for i, name in enumerate([*COLOURS] * 3)
+    ]
+    return [
+        *single,
+        record("two", ["images/red.png", "images/blue.png"], "<image>\n<image>\nWhich colours?", "red and blue"),
+        record("turns", "images/green.png", "<image>\nWhich colour?", "green", "Is it dark?", "no", level="colour"),
+        record("text-a", None, "What is two and two?", "four", level="text"),
+        record("text-b", None, "Say hello.", "hello", level="text"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_file(picture_folder: Path, records: list[dict[str, Any]]) -> Path:
+    file = picture_folder / "data.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    """A saved sentence-transformers model of width 16: a random BERT and mean pooling."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("encoder")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=300, **shape)).save_pretrained(root / "bert")
+    AutoTokenizer.from_pretrained(tiny_tokenizer_folder).save_pretrained(root / "bert")
+    bert = Transformer(str(root / "bert"))
+    SentenceTransformer(modules=[bert, Pooling(16)]).save(str(root / "encoder"))
+    return root / "encoder"
+
+
+@pytest.fixture(scope="session")
+def new_model(part_folders: dict[str, Path], encoder_folder: Path) -> dict[str, Any]:
+    """Fields of ModelSource for a new model of the tiny parts."""
+    return {
+        "vision_tower": str(part_folders["clip"]),
+        "language_model": str(part_folders["llama"]),
+        "sentence_encoder": str(encoder_folder),
+        "fusion": {"type": "igva", "num_groups": 2, "hidden_dim": 32, "num_blocks": 1},
+    }
+
+
+@pytest.fixture
+def make_recipe(new_model: dict[str, Any], data_file: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
+    """``make_recipe(stage, checkpoint=None, data={}, **fields of TrainRecipe)``: three steps of four samples."""
+
+    def make(
+        stage: int = 1, checkpoint: str | None = None, data: dict[str, Any] | None = None, **fields: Any
+    ) -> TrainRecipe:
+        source = new_model if checkpoint is None else {"checkpoint": checkpoint}
+        defaults = {
+            "name": f"tiny-{stage}",
+            "output_dir": str(tmp_path / f"stage{stage}"),
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "warmup": 0,
+            "scheduler": "constant",
+            "precision": "fp32",
+            "log_every": 1,
+        }
+        return TrainRecipe(
+            stage=stage,
+            model=ModelSource(**source),
+            data=DataSource(path=str(data_file), **(data or {})),
+            **{**defaults, **fields},
+        )
+
+    return make
+
+
+@pytest.fixture
+def model_and_processor(
+    make_model: Callable[..., IgvaLlavaForConditionalGeneration],
+    make_processor: Callable[..., IgvaLlavaProcessor],
+    make_encoder: Callable[..., Any],
+) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
+    """A tiny model in memory, its processor and a sentence encoder of hashes."""
+    model = make_model()
+    return model, make_processor(model.config, sentence_encoder=make_encoder())
