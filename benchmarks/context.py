@@ -1,0 +1,36 @@
+"""What every part is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .bandwidth import Bandwidth, copy_bandwidth
+from .record import Recorder
+
+
+@dataclass
+class Context:
+    """Device, sizes and record of one run.
+
+    Args:
+        device: where the work runs.
+        tiny: tiny sizes, to run the code of every case; the figures then mean nothing.
+        seconds: time for the clock of each variant, about.
+        recorder: takes the cases.
+    """
+
+    device: torch.device
+    tiny: bool
+    seconds: float
+    recorder: Recorder
+
+    @cached_property
+    def bandwidth(self) -> Bandwidth:
+        """The copy bandwidth, measured once, at its first use."""
+        measured = copy_bandwidth(self.device, tiny=self.tiny, seconds=self.seconds)
+        self.recorder.document["ceilings"]["copy"] = measured.as_dict()
+        self.recorder.show(f"copy bandwidth: {measured.bytes_per_s / 1e9:.1f} GB/s")
+        return measured

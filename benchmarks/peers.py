@@ -1,0 +1,103 @@
+"""What the kernels are compared with: the official eager formulation, written by us from the formula, and torch.compile of it.
+
+The steps are those of the released IGVA code (YiZheng-zy/IGVA, ``encode_images`` and ``Aggregator`` at 6fa8d84): a stack and
+a mean per group with the prefix rows included, a stack of the groups' patches, a product with the weights, a sum over the
+groups, a concatenation, base first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Groups = Sequence[Sequence[int]]
+
+
+def official_fuse(
+    hidden_states: Sequence[Tensor], groups: Groups, base: int, weights: Tensor | None, num_prefix_tokens: int
+) -> Tensor:
+    """Stage 2, or stage 1 when ``weights`` is None.
+
+    Args:
+        hidden_states: L + 1 tensors (B, T, D).
+        groups: K groups of hidden states.
+        base: the layer that is concatenated.
+        weights: (B, K); cast to the dtype of the hidden states, as the released code runs its allocator in the model's dtype.
+        num_prefix_tokens: P rows that are dropped (the released code: 1).
+
+    Returns:
+        (B, N, 2D), base first, in the dtype of the hidden states.
+    """
+    base_patches = hidden_states[base][:, num_prefix_tokens:]
+    patches = torch.stack([_group_mean(hidden_states, group)[:, num_prefix_tokens:] for group in groups])
+    if weights is None:
+        fused = patches.mean(dim=0)
+    else:
+        fused = (patches * weights.to(patches.dtype).t()[:, :, None, None]).sum(dim=0)
+    return torch.cat((base_patches, fused), dim=-1)
+
+
+def official_summaries(hidden_states: Sequence[Tensor], groups: Groups) -> Tensor:
+    """The CLS row of every group mean, (B, K, D), by the means of the whole maps as the released code takes them."""
+    return torch.stack([_group_mean(hidden_states, group)[:, 0] for group in groups], dim=1)
+
+
+def _group_mean(hidden_states: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    return torch.stack([hidden_states[layer] for layer in group]).mean(dim=0)
+
+
+def compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
+    """``torch.compile`` of a peer: static shapes and no graph breaks, the best that it can do here.
+
+    Args:
+        mode: None for the default, or "max-autotune-no-cudagraphs". Plain "max-autotune" adds CUDA graphs, which copy inputs
+            that change their address and would then be timed with the copy; CUDA graphs are measured on their own.
+    """
+    return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+
+
+class OfficialAllocator(nn.Module):
+    """The released weight allocator in stock modules, with the released parameter names: the peer of ``WeightAllocator``.
+
+    Shapes: summaries (B, K, D), instruction_embeds (B, E) -> weights (B, K).
+    """
+
+    def __init__(
+        self,
+        num_groups: int = 4,
+        vision_dim: int = 1024,
+        text_dim: int = 768,
+        hidden_dim: int = 1024,
+        num_blocks: int = 4,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.sentence_proj = nn.Linear(text_dim, hidden_dim)
+        self.cls_proj = nn.Linear(vision_dim, hidden_dim)
+        self.transformers = nn.ModuleList(_OfficialBlock(hidden_dim, num_heads) for _ in range(num_blocks))
+        self.linear = nn.Linear(hidden_dim, num_groups)
+
+    def forward(self, summaries: Tensor, instruction_embeds: Tensor) -> Tensor:
+        query = self.sentence_proj(instruction_embeds)[:, None]
+        keys = self.cls_proj(summaries)
+        for block in self.transformers:
+            query = block(query, keys)
+        return self.linear(query).softmax(-1).squeeze(1)
+
+
+class _OfficialBlock(nn.Module):
+    """Cross-attention and feed-forward, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.cross_attention = nn.MultiheadAttention(hidden_dim, num_heads, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim))
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+
+    def forward(self, query: Tensor, keys: Tensor) -> Tensor:
+        attended, _ = self.cross_attention(query, keys, keys)
+        query = self.norm1(attended + query)
+        return self.norm2(self.ffn(query) + query)
