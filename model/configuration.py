@@ -95,9 +95,14 @@ class IgvaLlavaConfig(PreTrainedConfig):
         if self.image_size is None:
             self.image_size = _int_of(self.vision_config, "image_size")
         super().__post_init__(**kwargs)
-        # Both are derived, and both raise where the settings contradict each other: better here than in the first batch.
+        # Settings that contradict each other are refused here, and not in the first batch.
         self.fusion_plan()
         self.image_grid(self.image_size, self.image_size)
+        if self.num_prefix_tokens == 0 and self.fusion.get("summary") == "cls":
+            raise ValueError(
+                f"a {self.vision_config.model_type!r} tower has no CLS token to summarise layers by; "
+                "set fusion={'summary': 'mean_patch', ...}"
+            )
 
     @property
     def patch_size(self) -> int:
@@ -200,6 +205,8 @@ def _complete_fusion(fusion: dict | None) -> dict[str, Any]:
     complete = {**defaults, **fusion}
     if kind == "igva":
         check_stage(complete["stage"])
+        if complete["summary"] not in ("cls", "mean_patch"):
+            raise ValueError(f"fusion summary must be 'cls' or 'mean_patch', got {complete['summary']!r}")
         if complete["groups"] is not None:
             # Lists, as JSON gives them back, so that a config equals its reloaded self.
             complete["groups"] = [list(group) for group in complete["groups"]]
