@@ -1,0 +1,170 @@
+"""The gradients of the mix: to its weights and to its states.
+
+One kernel makes both, since both read the gradient of the output.
+
+Weights: ``dw[k] = sum over tokens of <gradient of the slot of k, mean of the group of k>``, from the saved means or
+from the states once more. Each program stores the sum over its tile; torch adds these partial sums in a fixed order. No
+atomics, so the bits are the same on every run. A program takes one tile and does not loop over several: its partial
+sums are 16 bytes beside the 10 KiB that it reads, the code stays free of loop-carried values, and the number of
+programs depends on the shape alone.
+
+States: all members of a group have the same gradient, so one tensor is written per gradient class: five for IGVA's 24
+states. The tiles then cover all T rows, and the rows outside the mix (prefix tokens) become zero in the same pass.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
+from igva_kernels.impl.triton.schedule import Schedule
+from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of_sums, tile_offsets, zero_tiles
+
+
+# As in the forward: sizes and strides must not trigger a compilation.
+@triton.jit(do_not_specialize=["weights", "partials", "batch_strides", "grad_strides", "num_rows", "num_patches"])
+def fuse_backward_kernel(
+    grad_out,  # *gradient of the S slots, (B, N, D) each, with the strides below
+    states,  # num_sources x *[B, T, D]; None unless dw is computed from them
+    means,  # *[num_weighted_groups, B, N, D]; None unless dw is computed from them
+    weights,  # *[K], *[B, K] or *[B, N, K]; None if K = 0 or only dw is wanted
+    partials,  # *[B, num_programs(0), K], sums over the tiles; None unless dw is wanted
+    grad_states,  # per gradient class *[B, T, D]; None unless these are wanted
+    batch_strides,  # the distinct batch strides of the states, in units of VEC elements
+    grad_strides,  # of grad_out over image, slot and row, in units of VEC elements
+    num_rows,  # rows that the tiles cover: T if there are grad_states, else N
+    num_patches,  # N
+    SCHEDULE: tl.constexpr,  # see schedule.py
+    STRIDE_OF: tl.constexpr,  # per source, which of the batch strides is its own
+    SHARING: tl.constexpr,  # which tokens share a row of weights, see load_weights
+    SKIPPED_ROWS: tl.constexpr,  # rows of the tiles before patch 0
+    FIRST_ROW: tl.constexpr,  # the row of a state that is patch 0
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
+):
+    """Grid: (tiles of one image, B)."""
+    S: tl.constexpr = len(SCHEDULE.terms)
+    K: tl.constexpr = len(SCHEDULE.columns)
+    G: tl.constexpr = len(SCHEDULE.sizes)
+    STREAM: tl.constexpr = "evict_first" if EVICT_FIRST else ""
+
+    image = tl.program_id(1).to(tl.int64)
+    row_offsets, row_exists = tile_offsets(num_rows, D, TILE, BLOCK, VEC)  # [BLOCK], [BLOCK]
+    offsets = row_offsets - SKIPPED_ROWS * D  # [BLOCK] counted from patch 0, negative before it
+    unit = row_offsets // VEC - SKIPPED_ROWS * (D // VEC)  # [BLOCK] the same in units of VEC, for the mask
+    exists = row_exists & (unit >= 0) & (unit < num_patches * (D // VEC))  # [BLOCK]
+
+    # S x [BLOCK] Zero outside the patches, and so is all that follows from it.
+    row = offsets // D
+    grad_offsets = row * (grad_strides[2] * VEC) + (offsets - row * D)  # [BLOCK]
+    grad_slots = ()
+    for slot in tl.static_range(S):
+        grad_slot = tl.zeros((BLOCK,), dtype=ACC)
+        if grad_states is not None or len(SCHEDULE.terms[slot]) > 0:
+            base = grad_out + image * grad_strides[0] * VEC + grad_strides[1].to(tl.int64) * (slot * VEC)
+            grad_slot = tl.load(base + grad_offsets, mask=exists, other=0.0).to(ACC)
+        grad_slots = grad_slots + (grad_slot,)
+
+    if partials is not None:
+        group_means = ()  # num_weighted_groups x [BLOCK], or G x [BLOCK] from the states
+        if means is not None:
+            for group in tl.static_range(SCHEDULE.num_weighted_groups):
+                mean = means + (group * tl.num_programs(1) + image) * num_patches * D
+                group_means = group_means + (tl.load(mean + offsets, mask=exists, other=0.0).to(ACC),)
+        else:
+            sums = zero_tiles(G, BLOCK, ACC)
+            for source in tl.static_range(len(SCHEDULE.members)):
+                if len(SCHEDULE.members[source]) > 0:
+                    state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D
+                    value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM).to(ACC)  # [BLOCK]
+                    sums = add_to_groups(sums, value, source, SCHEDULE)
+            group_means = means_of_sums(sums, SCHEDULE)
+        partial = partials + (image * tl.num_programs(0) + tl.program_id(0)) * K
+        for column in tl.static_range(K):
+            product = grad_slots[SCHEDULE.columns[column][0]] * group_means[SCHEDULE.columns[column][1]]  # [BLOCK]
+            tl.store(partial + column, tl.sum(product, axis=0))
+
+    if grad_states is not None:
+        weight = ()  # K x scalar
+        if weights is not None:
+            weight = load_weights(weights, image, tl.program_id(0) - SKIPPED_ROWS, num_patches, K, SHARING, ACC)
+        shares = ()  # G x [BLOCK] the gradient of each member of the group
+        for group in tl.static_range(G):
+            grad_mean = tl.zeros((BLOCK,), dtype=ACC)
+            for i in tl.static_range(len(SCHEDULE.uses[group])):
+                term = grad_slots[SCHEDULE.uses[group][i][0]]
+                if SCHEDULE.uses[group][i][1] >= 0:
+                    term *= weight[SCHEDULE.uses[group][i][1]]
+                grad_mean += term
+            shares = shares + (grad_mean * (1.0 / SCHEDULE.sizes[group]),)
+        for index in tl.static_range(len(SCHEDULE.classes)):
+            grad_state = tl.zeros((BLOCK,), dtype=ACC)  # [BLOCK]
+            for i in tl.static_range(len(SCHEDULE.classes[index][0])):
+                grad_state += grad_slots[SCHEDULE.classes[index][0][i]]
+            for i in tl.static_range(len(SCHEDULE.classes[index][1])):
+                grad_state += shares[SCHEDULE.classes[index][1][i]]
+            target = grad_states[index] + image * num_rows * D
+            tl.store(target + row_offsets, grad_state.to(target.dtype.element_ty), mask=row_exists)
+
+
+def launch_fuse_backward(
+    grad_out: Tensor,
+    grad_strides: tuple[int, int, int],
+    schedule: Schedule,
+    weights: Tensor | None,
+    streams: Streams | None,
+    means: Tensor | None,
+    partials: Tensor | None,
+    grad_states: tuple[Tensor, ...] | None,
+    *,
+    tile: Tile,
+    batch: int,
+    num_rows: int,
+    num_patches: int,
+    skipped_rows: int,
+    first_row: int,
+) -> None:
+    """Fill ``partials`` (B, tiles, K) and the ``grad_states``, each (B, num_rows, D); either may be None.
+
+    Args:
+        grad_out: the gradient of the slots; its strides over image, slot and row are ``grad_strides``, in units of the
+            tile's VEC elements.
+        streams: the states, or None if dL/dw is not wanted or follows from ``means``.
+        num_rows: rows of one image that the tiles cover, of which ``num_patches`` from ``skipped_rows`` on have a
+            gradient.
+        first_row: the row of a state that belongs to the first row of ``grad_out``.
+    """
+    grid = (tile.count(num_rows), batch)
+    if 0 in grid:
+        return
+    with device_of(grad_out):
+        fuse_backward_kernel[grid](
+            grad_out,
+            None if streams is None else streams.states,
+            means,
+            weights,
+            partials,
+            grad_states,
+            None if streams is None else streams.batch_strides,
+            grad_strides,
+            num_rows,
+            num_patches,
+            SCHEDULE=schedule,
+            STRIDE_OF=() if streams is None else streams.stride_of,
+            SHARING=sharing_of(weights),
+            SKIPPED_ROWS=skipped_rows,
+            FIRST_ROW=first_row,
+            D=tile.width,
+            ACC=accumulator_of(grad_out.dtype),
+            TILE=tile.size,
+            BLOCK=tile.block,
+            VEC=tile.vec,
+            EVICT_FIRST=True,  # the states are read for the last time here
+            num_warps=tile.num_warps,
+        )
