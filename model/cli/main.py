@@ -1,6 +1,6 @@
 """The ``igva`` command: finds the subcommand, and turns errors into one line and an exit status.
 
-Subcommands are imported on use: ``igva --help`` needs neither torch nor transformers to be loaded.
+Subcommands are imported on use, so that each loads only what it needs.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class LlavaDataset(Dataset):
         found = int((input_ids == self.processor.image_token_id).sum())
         if found != expected:
             raise ValueError(
-                f"{found} image tokens in the text, but {len(sample.images)} images need {expected}; does the chat template drop "
-                "turns that hold images?"
+                f"{found} image tokens in the text, but {len(sample.images)} images need {expected}; does the chat "
+                "template drop turns that hold images?"
             )
 
     def _cut(self, input_ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:

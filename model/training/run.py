@@ -237,8 +237,8 @@ def _check_encoder(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlav
     expected, encoder = model.config.fusion.get("text_dim"), processor.sentence_encoder
     if encoder is not None and expected not in (None, encoder.dimension):
         raise ValueError(
-            f"model.sentence_encoder gives {encoder.dimension} numbers a sentence, but the checkpoint's allocator takes {expected}; "
-            "use the encoder that it was built with"
+            f"model.sentence_encoder gives {encoder.dimension} numbers a sentence, but the checkpoint's allocator takes "
+            f"{expected}; use the encoder that it was built with"
         )
 
 

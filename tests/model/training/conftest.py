@@ -19,9 +19,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), 
 
 def record(sample_id: str, image: str | list[str] | None, *turns: str, **more: Any) -> dict[str, Any]:
     """One LLaVA record; the turns alternate between human and gpt."""
-    conversations = [
-        {"from": "gpt" if position % 2 else "human", "value": text} for position, text in enumerate(turns)
-    ]
+    conversations = [{"from": "gpt" if position % 2 else "human", "value": text} for position, text in enumerate(turns)]
     entry = {"id": sample_id, "conversations": conversations, **more}
     return entry if image is None else {**entry, "image": image}
 
@@ -96,9 +94,7 @@ def new_model(part_folders: dict[str, Path], encoder_folder: Path) -> dict[str, 
 def make_recipe(new_model: dict[str, Any], data_file: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
     """``make_recipe(stage, checkpoint=None, data={}, **fields of TrainRecipe)``: three steps of four samples."""
 
-    def make(
-        stage: int = 1, checkpoint: str | None = None, data: dict[str, Any] | None = None, **fields: Any
-    ) -> TrainRecipe:
+    def make(stage: int = 1, checkpoint: str | None = None, data: dict[str, Any] | None = None, **fields: Any) -> TrainRecipe:
         source = new_model if checkpoint is None else {"checkpoint": checkpoint}
         defaults = {
             "name": f"tiny-{stage}",
