@@ -13,7 +13,8 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 
 
 def test_saved_config_equals_the_loaded_one(make_config, tmp_path):
-    config = make_config("dinov2", {"groups": ((1, 2), (3, 4)), "order": "base_first"}, token_pooling=2, balance_loss_weight=0.02)
+    fusion = {"groups": ((1, 2), (3, 4)), "order": "base_first"}
+    config = make_config("dinov2", fusion, token_pooling=2, balance_loss_weight=0.02)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is IgvaLlavaConfig
@@ -85,7 +86,7 @@ def test_number_of_image_tokens(make_config, image_size, token_pooling, tokens):
 
 
 def test_pooling_that_does_not_divide_the_grid_is_refused(make_config):
-    with pytest.raises(ValueError, match="token_pooling=2 does not divide the 3 x 3 patches.*multiple of 28"):
+    with pytest.raises(ValueError, match=r"token_pooling=2 does not divide the 3 x 3 patches.*multiple of 28"):
         make_config(image_size=42, token_pooling=2)
 
 

@@ -1,0 +1,100 @@
+"""generate(): images are encoded once, the cache does the rest, and a batch is its rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def prompts(make_model, make_batch):
+    """A model and two prompts with an image each, of 11 and 16 tokens."""
+    model = make_model()
+    short = make_batch(model, (1,), length=11, seed=1)
+    long = make_batch(model, (1,), length=16, seed=2)
+    for prompt in (short, long):
+        del prompt["labels"]
+    return model, short, long
+
+
+def new_tokens(model, prompt: dict[str, Tensor], **options) -> Tensor:
+    out = model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+    return out[:, prompt["input_ids"].shape[1] :]
+
+
+def test_images_and_instructions_are_used_in_the_first_step_only(prompts):
+    model, prompt, _ = prompts
+    tower_batches, allocator_inputs, lengths = [], [], []
+    model.model.vision_tower.register_forward_pre_hook(lambda _, args: tower_batches.append(args[0].shape[0]))
+    model.model.fusion.allocator.register_forward_pre_hook(lambda _, args: allocator_inputs.append(args[1]))
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    new_tokens(model, prompt)
+    assert tower_batches == [1]
+    assert len(allocator_inputs) == 1 and torch.equal(allocator_inputs[0], prompt["instruction_embeds"])
+    assert lengths == [11, 1, 1, 1, 1, 1]
+
+
+def test_cache_and_no_cache_give_the_same_tokens(prompts):
+    model, prompt, _ = prompts
+    assert torch.equal(new_tokens(model, prompt), new_tokens(model, prompt, use_cache=False))
+
+
+def test_generated_tokens_are_those_of_repeated_forwards(prompts):
+    model, prompt, _ = prompts
+    inputs = dict(prompt)
+    expected = []
+    for _ in range(6):
+        logits = model(**inputs).logits[:, -1]
+        logits[:, model.generation_config.eos_token_id] = -torch.inf
+        token = logits.argmax(dim=-1, keepdim=True)
+        expected.append(token)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert torch.equal(new_tokens(model, prompt), torch.cat(expected, dim=1))
+
+
+def test_a_left_padded_batch_equals_its_rows(prompts):
+    model, short, long = prompts
+    pad = long["input_ids"].shape[1] - short["input_ids"].shape[1]
+    padded = {
+        "input_ids": torch.nn.functional.pad(short["input_ids"], (pad, 0), value=model.config.text_config.pad_token_id),
+        "attention_mask": torch.nn.functional.pad(short["attention_mask"], (pad, 0)),
+    }
+    batch = {name: torch.cat([padded.get(name, short[name]), long[name]]) for name in short}
+    together = new_tokens(model, batch)
+    assert torch.equal(together[:1], new_tokens(model, short))
+    assert torch.equal(together[1:], new_tokens(model, long))
+
+
+def test_the_instruction_changes_the_answer(prompts):
+    model, prompt, _ = prompts
+    torch.manual_seed(0)
+    # The random allocator hardly prefers a group; sharpen it so that another sentence means other groups.
+    torch.nn.init.normal_(model.model.fusion.allocator.linear.weight, std=3.0)
+    answers = {tuple(new_tokens(model, prompt | {"instruction_embeds": torch.randn(1, 16)})[0].tolist()) for _ in range(8)}
+    assert len(answers) > 1
+
+
+def test_beam_search_keeps_each_image_with_its_text(prompts):
+    model, short, _ = prompts
+    other = {**short, "pixel_values": short["pixel_values"].flip(-1) * 3}
+    batch = {name: torch.cat([short[name], other[name]]) for name in short}
+    together = new_tokens(model, batch, num_beams=2)
+    for row, prompt in enumerate((short, other)):
+        assert torch.equal(together[row : row + 1], new_tokens(model, prompt, num_beams=2))
+
+
+def test_text_alone_generates(make_model, make_batch):
+    model = make_model()
+    batch = make_batch(model, (0, 0))
+    assert new_tokens(model, {name: batch[name] for name in ("input_ids", "attention_mask")}).shape == (2, 6)
+
+
+def test_a_prompt_whose_images_are_missing_is_refused(prompts):
+    model, prompt, _ = prompts
+    del prompt["pixel_values"], prompt["instruction_embeds"]
+    with pytest.raises(ValueError, match="4 image placeholders"):
+        new_tokens(model, prompt)
