@@ -38,7 +38,7 @@ SETTINGS = tuple(LaunchSetting(warps, evict) for warps in (2, 4, 8, 16) for evic
 
 def launched_with(setting: LaunchSetting, case: FuseCase) -> Variant:
     """The forward of a case under a setting, without the operator around it."""
-    from igva_kernels.impl.triton import fuse_forward
+    from igva_kernels.impl.triton import mix_forward
     from igva_kernels.impl.triton.launch import WARP, Streams, Tile, elements_per_access
     from igva_kernels.impl.triton.schedule import mix_schedule
 
@@ -47,13 +47,13 @@ def launched_with(setting: LaunchSetting, case: FuseCase) -> Variant:
     vec = elements_per_access(case.dtype)
     block = vec * WARP * setting.num_warps
     tile = Tile(size=block, block=block, vec=vec, num_warps=setting.num_warps, width=tower.vision_dim)
-    kernel = _WithOptions(fuse_forward.fuse_forward_kernel, {"EVICT_FIRST": setting.evict_first})
+    kernel = _WithOptions(mix_forward.mix_forward_kernel, {"EVICT_FIRST": setting.evict_first})
 
     def variant(inputs: FuseInputs) -> Tensor:
         states = [inputs.hidden_states[layer] for layer in plan.sources]
         out = torch.empty_like(inputs.cotangent)
-        with mock.patch.object(fuse_forward, "fuse_forward_kernel", kernel):
-            fuse_forward.launch_fuse_forward(
+        with mock.patch.object(mix_forward, "mix_forward_kernel", kernel):
+            mix_forward.launch_mix_forward(
                 Streams.of(states),
                 mix_schedule(plan.program),
                 inputs.weights,

@@ -1,0 +1,103 @@
+"""A variant that computes something else is refused before any clock starts, and gets no figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.check import Results, WrongResult, official, require_correct
+from benchmarks.context import Context
+from benchmarks.parts import kernels
+from benchmarks.sizes import TINY, TINY_NO_PREFIX, FuseCase, FuseInputs, make_inputs
+
+SEED = 7
+
+
+def wrong_at(case: FuseCase, change: Callable[[Tensor], Tensor]) -> Callable[[FuseInputs], Tensor]:
+    right = official(case)
+    return lambda inputs: change(right(inputs))
+
+
+class WrongGradient(torch.autograd.Function):
+    """The identity, with a gradient that is off in one element."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[(-1,) * grad.ndim] += 10
+        return grad
+
+
+@pytest.mark.parametrize("tower", (TINY, TINY_NO_PREFIX), ids=lambda tower: tower.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("stage", "mode"), [(2, "forward"), (2, "frozen"), (2, "trainable"), (1, "forward"), (1, "trainable")])
+def test_the_library_and_the_official_formulation_pass(tower, dtype, stage, mode) -> None:
+    case = FuseCase(tower, 5, dtype, stage, mode)  # five images: more than one float64 chunk
+    for name in (kernels.OURS, kernels.EAGER):
+        require_correct(case, kernels.fuse_variant(case, name), make_inputs(case, torch.device("cpu"), SEED))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out + 1e-3,
+        lambda out: torch.cat(out.chunk(2, dim=-1)[::-1], dim=-1),
+        lambda out: out.index_fill(0, torch.tensor([4]), 0),
+        lambda out: torch.where(out == out.max(), torch.nan, out),
+        lambda out: out[:, 1:],
+    ],
+    ids=("offset", "slots swapped", "last image zero", "one NaN", "shape"),
+)
+def test_a_wrong_output_is_refused(change) -> None:
+    case = FuseCase(TINY, 5, torch.float32)
+    inputs = make_inputs(case, torch.device("cpu"), SEED)
+    with pytest.raises(WrongResult, match="output"):
+        require_correct(case, wrong_at(case, change), inputs)
+
+
+@pytest.mark.parametrize("name", ("grad_weights", "grad_states"))
+def test_a_wrong_gradient_is_refused(name) -> None:
+    case = FuseCase(TINY, 2, torch.float32, mode="trainable")
+    inputs = make_inputs(case, torch.device("cpu"), SEED)
+
+    def variant(inputs: FuseInputs) -> Tensor:
+        states, weights = inputs.hidden_states, inputs.weights
+        if name == "grad_weights":
+            weights = WrongGradient.apply(weights)
+        else:
+            states = [*states[:2], WrongGradient.apply(states[2]), *states[3:]]
+        return official(case)(FuseInputs(states, weights, inputs.cotangent))
+
+    with pytest.raises(WrongResult, match=name):
+        require_correct(case, variant, inputs)
+
+
+def test_a_red_check_prints_no_speed(context: Context, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.fuse_variant
+
+    def broken(case: FuseCase, name: str):
+        return wrong_at(case, lambda out: out * 1.01) if name == kernels.OURS else right(case, name)
+
+    monkeypatch.setattr(kernels, "fuse_variant", broken)
+    kernels.measure_fuse(context, kernels.Job(FuseCase(TINY, 2, torch.float32), (kernels.OURS, kernels.EAGER)))
+
+    ours, eager = json.loads(context.recorder.path.read_text())["cases"]
+    assert ours["status"] == "error" and "metrics" not in ours
+    assert "WrongResult" in ours["error"]
+    assert eager["status"] == "ok" and eager["metrics"]["median_s"] > 0
+    (line,) = [line for line in lines if kernels.OURS in line]
+    assert "error" in line and "median" not in line and "GB" not in line
+    assert context.recorder.finish() == 1
+
+
+def test_results_are_named_for_the_message() -> None:
+    one = torch.zeros(1)
+    assert list(Results(one, one, (one, one)).named()) == ["output", "grad_weights", "grad_states[0]", "grad_states[1]"]

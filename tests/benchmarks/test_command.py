@@ -1,0 +1,148 @@
+"""The command of every part, as a user runs it, with tiny sizes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import PARTS, main
+from benchmarks.record import read_json
+from benchmarks.report import main as report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("accelerate", "peft", "jsonargparse", "rich", "matplotlib", "sentence_transformers", "datasets", "flash_attn"):
+    sys.modules[name] = None
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A GPU machine has torch, triton, transformers, pytest and pytest-benchmark; whatever else is imported raises here."""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_help_says_what_every_part_measures() -> None:
+    done = run("-m", "benchmarks", "--help")
+    assert done.returncode == 0, done.stderr
+    for part in PARTS:
+        assert f"\n{part}:\n" in done.stdout
+    assert "CLIP-L/14-336" in done.stdout and "--tiny" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_without_extras(part: str, results: Path) -> None:
+    out = results / f"{part}.json"
+    done = run("-c", WITHOUT_EXTRAS, "--part", part, "--tiny", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = read_json(out)
+    assert document["part"] == part and document["complete"] and document["arguments"]["tiny"]
+    assert {case["status"] for case in document["cases"]} == {"ok"}
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+    assert "its figures mean nothing" in done.stdout
+    if part == "kernels":
+        assert document["ceilings"]["copy"]["bytes_per_s"] > 0
+        modes = {case["parameters"].get("mode") for case in document["cases"] if "fuse" in case["name"]}
+        assert modes == {"forward", "frozen", "trainable"}
+    if part == "training":
+        igva, llava = (case["metrics"] for case in document["cases"])
+        assert igva["fusion_share"] > 0 and "fusion_share" not in llava
+        assert igva["trained_parameters"] < igva["parameters"]  # the tower is frozen
+
+
+def test_report_of_all_parts(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(results.glob("*.json"))
+    if len(files) < len(PARTS):
+        pytest.skip("needs the files of test_every_part_runs_without_extras, run by another process or not at all")
+    assert report([str(file) for file in files]) == 0
+    text = capsys.readouterr().out
+    for title in ("fuse, forward", "trainable tower", "weight allocator", "vision side", "training step", "tests"):
+        assert f"### {title}" in text or f"{title}\n" in text
+    assert "Tiny sizes" in text
+    widths = {len(line.split("|")) for line in text.splitlines() if line.startswith("| tiny Llama")}
+    assert len(widths) == 1
+
+
+def test_report_names_failed_and_skipped_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = {"device": "X", "cpu": "Y", "cpu_count": 1, "cpu_capability": "Z", "torch_threads": 1, "versions": {"torch": "2"}}
+    cases = [
+        {"name": "a", "status": "error", "parameters": {}, "error": "WrongResult: off\nby much"},
+        {"name": "b", "status": "skipped", "parameters": {}, "reason": "no time"},
+    ]
+    file = tmp_path / "result.json"
+    document = {"schema": 1, "part": "kernels", "started": "now", "machine": machine, "arguments": {}, "ceilings": {}}
+    file.write_text(json.dumps(document | {"cases": cases, "complete": False}))
+    assert report([str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "### Failed\n\n- a: WrongResult: off\n" in text
+    assert "### Not run\n\n- b: no time\n" in text
+    assert "Tiny" not in text
+
+
+def test_report_refuses_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    assert report([str(file)]) == 2
+    assert report([str(tmp_path / "missing.json")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--part", "kernels", "--device", "cuda"]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_out_is_for_one_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--part", "all", "--device", "cpu", "--out", "x.json"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_pytest_benchmark_suite_runs(tmp_path: Path) -> None:
+    """The suite itself with tiny sizes; torch.compile is left to the part ``kernels``."""
+    out = tmp_path / "suite.json"
+    arguments = ["--tiny", "-q", "-p", "no:cacheprovider", f"--benchmark-json={out}", "-k", "not torch.compile"]
+    done = run("-m", "pytest", "benchmarks", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    benchmarks = json.loads(out.read_text())["benchmarks"]
+    assert len(benchmarks) == 16
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        assert info["tiny"] and info["share_of_copy"] > 0 and info["peak_bytes"] > 0 and info["peak_maps"] > 0
+        assert info["gb_per_s"] == pytest.approx(info["floor_bytes"] / benchmark["stats"]["median"] / 1e9)
+
+
+LAUNCH_SETTINGS = """
+import torch
+from benchmarks.check import require_correct
+from benchmarks.launch_settings import LaunchSetting, launched_with
+from benchmarks.sizes import TINY, FuseCase, make_inputs
+case = FuseCase(TINY, 2, torch.float32)
+for setting in (LaunchSetting(1, True), LaunchSetting(2, False)):
+    require_correct(case, launched_with(setting, case), make_inputs(case, torch.device("cpu"), 1))
+print("right")
+"""
+
+
+def test_launch_settings_compute_the_same_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH_SETTINGS], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "right" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,44 @@
+"""The part ``tests``: failures of pytest become cases of the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.context import Context
+from benchmarks.parts.tests import run_tests
+
+
+def write(folder: Path, body: str) -> Path:
+    (folder / "test_sample.py").write_text(body)
+    return folder
+
+
+def test_counts_passed_and_skipped(context: Context, tmp_path: Path) -> None:
+    folder = write(tmp_path, "import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass\n")
+    counts = run_tests(context, folder)
+    assert (counts["passed"], counts["skipped"]) == (1, 1)
+
+
+def test_a_failed_test_is_a_case_of_its_own(context: Context, tmp_path: Path) -> None:
+    folder = write(tmp_path, "def test_a(): pass\ndef test_b(): assert 1 == 2\n")
+    with pytest.raises(RuntimeError, match="1 of 2 tests failed"):
+        run_tests(context, folder)
+    (case,) = context.recorder.document["cases"]
+    assert case["name"].endswith("test_sample::test_b") and case["status"] == "error"
+    assert "1 == 2" in case["error"]
+
+
+def test_a_broken_file_is_an_error(context: Context, tmp_path: Path) -> None:
+    folder = write(tmp_path, "import no_such_module\n")
+    with pytest.raises(RuntimeError):
+        run_tests(context, folder)
+
+
+def test_nothing_run_on_a_gpu_is_an_error(context: Context, tmp_path: Path) -> None:
+    folder = write(tmp_path, "import pytest\n@pytest.mark.skip\ndef test_b(): pass\n")
+    context.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="no test ran"):
+        run_tests(context, folder)

@@ -1,0 +1,53 @@
+"""The clock's bookkeeping. No test here asserts how long something takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.bandwidth import copy_bandwidth, matmul_flops
+from benchmarks.timing import MAX_SETS, cache_bytes, compare, latency, num_input_sets, quantiles
+
+CPU = torch.device("cpu")
+
+
+def test_rounds_of_variants_alternate_and_use_every_set() -> None:
+    calls: list[str] = []
+    variants = {
+        "a": [lambda: calls.append("a0"), lambda: calls.append("a1")],
+        "b": [lambda: calls.append("b0"), lambda: calls.append("b1")],
+    }
+    timings = compare(variants, CPU, seconds=0, min_rounds=3)
+    warm_up = ["a0", "a1"] * 2 + ["b0", "b1"] * 2
+    assert calls == warm_up + ["a0", "a1", "b0", "b1"] * 3
+    assert {name: (timing.rounds, timing.calls, timing.clock) for name, timing in timings.items()} == {
+        "a": (3, 2, "wall"),
+        "b": (3, 2, "wall"),
+    }
+    assert all(0 <= timing.low_s <= timing.median_s <= timing.high_s for timing in timings.values())
+
+
+def test_quantiles() -> None:
+    assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 1.8, 4.2)
+
+
+def test_enough_sets_to_exceed_the_cache() -> None:
+    cache = cache_bytes(CPU)
+    assert cache > 0
+    assert num_input_sets(cache, CPU) == 3
+    assert num_input_sets(10 * cache, CPU) == 2
+    assert num_input_sets(1, CPU) == MAX_SETS
+
+
+def test_latency_times_single_calls() -> None:
+    calls: list[int] = []
+    timing = latency([lambda: calls.append(0), lambda: calls.append(1)], CPU, seconds=0)
+    assert timing.rounds == 5 and timing.calls == 1
+    assert calls == [0, 0, 0, 1, 0, 1, 0]
+
+
+def test_ceilings_count_reads_and_writes() -> None:
+    copy = copy_bandwidth(CPU, tiny=True, seconds=0)
+    assert copy.bytes_per_copy == 2 * (64 << 10)
+    assert copy.bytes_per_s * copy.timing.median_s == pytest.approx(copy.bytes_per_copy)
+    assert matmul_flops(CPU, torch.float32, size=16, seconds=0) > 0
