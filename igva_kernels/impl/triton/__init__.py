@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from igva_kernels.impl.reference import accumulation_dtype
-from igva_kernels.impl.triton.fuse_backward import launch_fuse_backward
-from igva_kernels.impl.triton.fuse_forward import launch_fuse_forward
 from igva_kernels.impl.triton.launch import (
     ACCESS_BYTES,
     Streams,
@@ -26,6 +24,9 @@ from igva_kernels.impl.triton.launch import (
     narrow_tile,
     stride_over,
 )
+from igva_kernels.impl.triton.mix_backward import launch_mix_backward
+from igva_kernels.impl.triton.mix_forward import launch_mix_forward
+from igva_kernels.impl.triton.patch_sums import launch_patch_sums
 from igva_kernels.impl.triton.schedule import (
     Schedule,
     gradient_schedule,
@@ -33,7 +34,6 @@ from igva_kernels.impl.triton.schedule import (
     mix_schedule,
     summary_schedule,
 )
-from igva_kernels.impl.triton.summaries import launch_patch_sums
 from igva_kernels.impl.triton.support import MAX_IMAGE_ELEMENTS, check_supported
 from igva_kernels.plan import MixProgram
 
@@ -57,7 +57,7 @@ def fuse_forward(
     weights = None if weights is None else weights.contiguous()
     out = states[0].new_empty(batch, num_patches, len(program.slots) * width)
     means = states[0].new_empty(program.num_weighted_groups, batch, num_patches, width) if save_means else None
-    launch_fuse_forward(
+    launch_mix_forward(
         Streams.of(states),
         mix_schedule(program),
         weights,
@@ -97,7 +97,7 @@ def fuse_backward(
             batch, tile.count(num_rows), program.num_weights, dtype=accumulation_dtype(grad_out.dtype)
         )
     grad_states = _empty_states(grad_out, program, (batch, num_tokens, width), grad_out.dtype) if needs_states else None
-    launch_fuse_backward(
+    launch_mix_backward(
         grad_out,
         (stride_over(grad_out, 0) // vec, width // vec, stride_over(grad_out, 1) // vec),
         gradient_schedule(program, needs_states),
@@ -132,7 +132,7 @@ def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tok
     num_patches = num_tokens - num_prefix_tokens
     means = states[0].new_empty(len(program.groups), batch, num_patches, width)
     if means.numel():
-        launch_fuse_forward(
+        launch_mix_forward(
             Streams.of(states),
             means_schedule(program),
             None,
@@ -169,7 +169,7 @@ def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_
         sums = launch_patch_sums(streams, schedule, num_patches, num_prefix_tokens).sum(dim=1)
         return (sums / num_patches).to(states[0].dtype)
     summaries = states[0].new_empty(batch, program.num_weights, width)
-    launch_fuse_forward(
+    launch_mix_forward(
         streams,
         schedule,
         None,
@@ -215,7 +215,7 @@ def _grads_of_plain_means(
     """One (B, T, D) of ``dtype`` a gradient class, for slots that are plain means of the ``rows`` of the states."""
     grad_states = _empty_states(grad, program, shape, dtype)
     batch, num_tokens, width = shape
-    launch_fuse_backward(
+    launch_mix_backward(
         grad,
         grad_strides,
         schedule,

@@ -1,6 +1,6 @@
 """The mean patch of each group: for towers without a CLS token, whose summary must look at every patch.
 
-CLS summaries need no kernel of their own: they are a mix over one row, see fuse_forward.py.
+CLS summaries need no kernel of their own: they are a mix over one row, see mix_forward.py.
 """
 
 from __future__ import annotations

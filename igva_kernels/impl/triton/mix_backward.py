@@ -25,7 +25,7 @@ from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of
 
 # As in the forward: sizes and strides must not trigger a compilation.
 @triton.jit(do_not_specialize=["weights", "partials", "batch_strides", "grad_strides", "num_rows", "num_patches"])
-def fuse_backward_kernel(
+def mix_backward_kernel(
     grad_out,  # *gradient of the S slots, (B, N, D) each, with the strides below
     states,  # num_sources x *[B, T, D]; None unless dw is computed from them
     means,  # *[num_weighted_groups, B, N, D]; None unless dw is computed from them
@@ -52,6 +52,7 @@ def fuse_backward_kernel(
     S: tl.constexpr = len(SCHEDULE.terms)
     K: tl.constexpr = len(SCHEDULE.columns)
     G: tl.constexpr = len(SCHEDULE.sizes)
+    NUM_WEIGHTED: tl.constexpr = SCHEDULE.num_weighted_groups
     STREAM: tl.constexpr = "evict_first" if EVICT_FIRST else ""
 
     image = tl.program_id(1).to(tl.int64)
@@ -72,9 +73,9 @@ def fuse_backward_kernel(
         grad_slots = grad_slots + (grad_slot,)
 
     if partials is not None:
-        group_means = ()  # num_weighted_groups x [BLOCK], or G x [BLOCK] from the states
+        group_means = ()  # NUM_WEIGHTED x [BLOCK], or G x [BLOCK] from the states
         if means is not None:
-            for group in tl.static_range(SCHEDULE.num_weighted_groups):
+            for group in tl.static_range(NUM_WEIGHTED):
                 mean = means + (group * tl.num_programs(1) + image) * num_patches * D
                 group_means = group_means + (tl.load(mean + offsets, mask=exists, other=0.0).to(ACC),)
         else:
@@ -113,7 +114,7 @@ def fuse_backward_kernel(
             tl.store(target + row_offsets, grad_state.to(target.dtype.element_ty), mask=row_exists)
 
 
-def launch_fuse_backward(
+def launch_mix_backward(
     grad_out: Tensor,
     grad_strides: tuple[int, int, int],
     schedule: Schedule,
@@ -144,7 +145,7 @@ def launch_fuse_backward(
     if 0 in grid:
         return
     with device_of(grad_out):
-        fuse_backward_kernel[grid](
+        mix_backward_kernel[grid](
             grad_out,
             None if streams is None else streams.states,
             means,

@@ -19,7 +19,7 @@ from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of
 # tile_offsets), so they must not trigger a compilation in mid-run. What is left to specialise on is the alignment of
 # the streamed pointers.
 @triton.jit(do_not_specialize=["weights", "batch_strides", "num_rows"])
-def fuse_forward_kernel(
+def mix_forward_kernel(
     states,  # num_sources x *[B, T, D]
     weights,  # *[K], *[B, K] or *[B, N, K]; None if K = 0
     out,  # *[B, N, S*D]; None if no slot is wanted
@@ -82,7 +82,7 @@ def fuse_forward_kernel(
         tl.store(mean + offsets, group_means[group].to(means.dtype.element_ty), mask=exists)
 
 
-def launch_fuse_forward(
+def launch_mix_forward(
     streams: Streams,
     schedule: Schedule,
     weights: Tensor | None,
@@ -102,7 +102,7 @@ def launch_fuse_forward(
     if 0 in grid:
         return
     with device_of(state):
-        fuse_forward_kernel[grid](
+        mix_forward_kernel[grid](
             streams.states,
             weights,
             out,
