@@ -19,23 +19,30 @@ RUN_RECORDS = "training"
 class RunFolders:
     """The folders of one run.
 
-    Args: recipe: names the checkpoint folder, and says whether it may be replaced and whether the run goes on from an
-        earlier one.
-
-    Raises: FileExistsError: something stands where the checkpoint is to go and ``overwrite`` is not set, or it is no
-        checkpoint of this
-            package; or an unfinished run stands there and neither ``resume`` nor ``overwrite`` is set.
-        FileNotFoundError: ``resume`` is set and there is no intermediate checkpoint.
+    Args:
+        recipe: names the checkpoint folder, says whether it may be replaced, and whether the run goes on from an earlier
+            one.
     """
 
     def __init__(self, recipe: TrainRecipe) -> None:
         self.checkpoint = recipe.checkpoint_folder
         self.partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
         self._may_replace = recipe.overwrite or recipe.smoke
+        self._resume = recipe.resume
+
+    def check(self) -> None:
+        """Refuse a run that would cost something that is there.
+
+        Raises:
+            FileExistsError: something stands where the checkpoint is to go and ``overwrite`` is not set, or it is no
+                checkpoint of this package; or an unfinished run stands there and neither ``resume`` nor ``overwrite`` is
+                set.
+            FileNotFoundError: ``resume`` is set and there is no intermediate checkpoint.
+        """
         if _holds_something(self.checkpoint):
             self._check_replaceable()
-        if recipe.resume:
-            if self.newest_intermediate() is None:
+        if self._resume:
+            if self._newest_intermediate() is None:
                 raise FileNotFoundError(f"resume is set, but there is no intermediate checkpoint in {self.intermediate}")
         elif _holds_something(self.partial) and not self._may_replace:
             raise FileExistsError(
@@ -67,20 +74,15 @@ class RunFolders:
         """What the checkpoint tells of the run that made it."""
         return self.staging / RUN_RECORDS
 
-    def newest_intermediate(self) -> Path | None:
-        """The newest intermediate checkpoint."""
-        found = [folder for folder in self.intermediate.glob("checkpoint-*") if folder.is_dir()]
-        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-    def resume_from(self, resume: bool) -> str | None:
-        """The intermediate checkpoint that a resumed run goes on from; None for a run from the beginning."""
-        return str(self.newest_intermediate()) if resume else None
-
-    def start(self, resume: bool) -> None:
+    def start(self) -> None:
         """Make the folder of the run, empty unless it is resumed."""
-        if not resume and self.partial.exists():
+        if self.partial.exists() and not self._resume:
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
+
+    def resume_from(self) -> str | None:
+        """The intermediate checkpoint that a resumed run goes on from; None for a run from the beginning."""
+        return str(self._newest_intermediate()) if self._resume else None
 
     def publish(self) -> None:
         """Move the staged checkpoint to its place; a replaced one is deleted only after that."""
@@ -93,6 +95,10 @@ class RunFolders:
         shutil.rmtree(self.partial)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+    def _newest_intermediate(self) -> Path | None:
+        found = [folder for folder in self.intermediate.glob("checkpoint-*") if folder.is_dir()]
+        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
     def _check_replaceable(self) -> None:
         if not self._may_replace:

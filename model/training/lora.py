@@ -10,7 +10,8 @@ arguments and its generation are the same with and without them. A folder of ada
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +45,7 @@ def add_lora(model: IgvaLlavaForConditionalGeneration, settings: LoraSettings) -
         target_modules=_target_modules(model, settings),
         bias="none",
     )
-    peft.inject_adapter_in_model(config, model)
+    _inject(config, model)
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -81,17 +82,14 @@ def load_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) 
     for name in ("adapter_config.json", ADAPTER_FILE, TRAINED_PARTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a folder of adapters, or was not written to its end")
-    if not has_lora(model):
-        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), model)
-    result = peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"the adapters in {folder} do not fit the model: {(missing + result.unexpected_keys)[:3]} ...")
     parts = load_file(folder / TRAINED_PARTS_FILE)
-    unexpected = model.load_state_dict(parts, strict=False).unexpected_keys
-    absent = _trained_parts(model).keys() - parts.keys()
-    if unexpected or absent:
-        raise ValueError(f"projector and allocator in {folder} do not fit the model: {[*unexpected, *absent][:3]} ...")
+    _check_fit(_trained_parts(model), parts, folder / TRAINED_PARTS_FILE)
+    if not has_lora(model):
+        _inject(peft.LoraConfig.from_pretrained(str(folder)), model)
+    adapters = load_file(folder / ADAPTER_FILE)
+    _check_fit(peft.get_peft_model_state_dict(model), adapters, folder / ADAPTER_FILE)
+    peft.set_peft_model_state_dict(model, adapters)
+    model.load_state_dict(parts, strict=False)
 
 
 @torch.no_grad()
@@ -111,6 +109,12 @@ def merge_lora(model: IgvaLlavaForConditionalGeneration) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
+
+
+def _inject(config: Any, model: nn.Module) -> None:
+    _peft().inject_adapter_in_model(config, model)
+    # New modules are born in training mode: their dropout would be at work in a model that is in eval mode.
+    model.train(model.training)
 
 
 def _target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
@@ -134,6 +138,16 @@ def _trained_parts(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_TRAINED_PARTS)}
 
 
+def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], file: Path) -> None:
+    there, here = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (found, expected))
+    if there != here:
+        name, _ = min(there.items() ^ here.items())
+        raise ValueError(
+            f"{file} does not fit the model: {name} is {there.get(name, 'absent')} in the file and "
+            f"{here.get(name, 'absent')} in the model; load it into the model that it was trained from"
+        )
+
+
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -143,7 +157,7 @@ def _require_lora(model: nn.Module) -> None:
         raise ValueError("the model has no adapters; add them with add_lora")
 
 
-def _peft():
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from rich.console import Console
+from rich.console import Console, RenderableType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -35,8 +35,6 @@ from model.training.precision import choose_precision
 from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe
 from model.training.trainer import IgvaTrainer
 
-log = Console(stderr=True)
-
 
 def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train as a recipe says and save the checkpoint.
@@ -53,10 +51,13 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         trained then.
     """
     start = time.perf_counter()
+    ranks = PartialState()
     folders = RunFolders(recipe)
+    if ranks.is_main_process:
+        folders.check()
     set_seed(recipe.seed)
 
-    log.print(f"[bold]{recipe.name}[/bold]: loading the parts")
+    say(f"[bold]{recipe.name}[/bold]: loading the parts")
     model, processor = load_parts(recipe.model)
     model.config.balance_loss_weight = recipe.balance_loss_weight
     model.config.legacy_double_softmax = recipe.legacy_double_softmax
@@ -64,14 +65,17 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     if recipe.resolved_language_model_training == "lora":
         add_lora(model, recipe.lora)
     report = apply_stage(model, recipe.stage, recipe.resolved_language_model_training)
-    log.print(report.table())
+    say(report.table())
     if recipe.activation_checkpointing:
         # The tower is frozen and keeps nothing; only the language model has activations worth giving up.
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    folders.start(recipe.resume)
-    train_data, eval_data = load_data(recipe, processor, folders.instructions)
-    log.print(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
+    # One rank makes the folder and embeds the instructions; the others find both.
+    with ranks.main_process_first():
+        if ranks.is_main_process:
+            folders.start()
+        train_data, eval_data = load_data(recipe, processor, folders.instructions)
+    say(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
 
     trainer = IgvaTrainer(
         model=model,
@@ -85,7 +89,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         allocator_learning_rate=recipe.allocator_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
-    outcome = trainer.train(resume_from_checkpoint=folders.resume_from(recipe.resume))
+    outcome = trainer.train(resume_from_checkpoint=folders.resume_from())
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data else None
 
     result = {
@@ -100,9 +104,15 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     }
     if trainer.is_world_process_zero():
         save_checkpoint(recipe, trainer, processor, folders, result)
-        log.print(f"saved {folders.checkpoint}")
+        say(f"saved {folders.checkpoint}")
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def say(message: RenderableType) -> None:
+    """Tell the person at the terminal, once for all ranks."""
+    if PartialState().is_main_process:
+        Console(stderr=True).print(message)
 
 
 def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
@@ -128,6 +138,10 @@ def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, 
         )
         processor = build_processor(source.vision_tower, source.language_model, model.config, sentence_encoder=encoder)
     _check_encoder(model, processor)
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        # Llama's has none. Padding is masked in attention and loss, so any token serves.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return model, processor
 
 
@@ -169,7 +183,7 @@ def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: Instr
 def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
     """The settings of a recipe in the words of transformers' Trainer."""
     precision = choose_precision(recipe.precision, PartialState().device)
-    log.print(f"arithmetic: {precision.precision} ({precision.reason})")
+    say(f"arithmetic: {precision.precision} ({precision.reason})")
     max_steps = recipe.max_steps or -1
     if recipe.smoke:
         max_steps = min(SMOKE_STEPS, recipe.max_steps or SMOKE_STEPS)

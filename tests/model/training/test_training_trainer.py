@@ -1,0 +1,121 @@
+"""The trainer: a loss that accumulation does not change, groups of learning rates, and what it logs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from model.data.collator import ImageTextCollator
+from model.data.dataset import LlavaDataset
+from model.data.llava_json import samples_from_records
+from model.training.callbacks import status_text
+from model.training.freeze import apply_stage
+from model.training.trainer import IgvaTrainer
+
+
+@pytest.fixture
+def make_trainer(model_and_processor, picture_folder, make_record, tmp_path):
+    """A trainer on eight samples whose answers differ much in length, so that no two batches have equal label counts."""
+    model, processor = model_and_processor
+    lengths = (50, 1, 3, 35, 2, 20, 7, 1)
+    turns = [make_record(f"{n}", "images/red.png", "<image>\nSay it.", "a" * n) for n in lengths[:-2]]
+    turns.append(make_record("two", ["images/red.png", "images/blue.png"], "<image><image>\nBoth?", "b" * lengths[-2]))
+    turns.append(make_record("text", None, "Say it.", "c" * lengths[-1]))
+    data = LlavaDataset(samples_from_records(turns, picture_folder), processor, embed=processor.encode_instructions)
+
+    def make(micro_batch_size=8, accumulation=1, learning_rates=None, **options):
+        trained = copy.deepcopy(model)
+        trained.config.balance_loss_weight = options.pop("balance_loss_weight", 0.5)
+        trained.config.legacy_double_softmax = options.pop("legacy_double_softmax", False)
+        apply_stage(trained, 2, "full")
+        # Plain gradient descent: Adam would hide a gradient of the wrong scale.
+        defaults = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 1}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=micro_batch_size,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **{**defaults, **options},
+        )
+        return IgvaTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=data,
+            data_collator=ImageTextCollator(processor.tokenizer.pad_token_id),
+            **(learning_rates or {}),
+        )
+
+    return make
+
+
+def test_accumulation_gives_the_update_of_one_large_batch(make_trainer):
+    whole, accumulated = make_trainer(8, 1), make_trainer(2, 4)
+    before = copy.deepcopy(whole.model.state_dict())
+    whole.train()
+    accumulated.train()
+    moved = 0.0
+    for name, expected in whole.model.state_dict().items():
+        step = (expected - before[name]).abs().max()
+        moved = max(moved, float(step))
+        # fp32 sums in another order: rounding of the gradients, not their scale (a wrong count is off by tens of percent).
+        torch.testing.assert_close(
+            accumulated.model.state_dict()[name], expected, atol=1e-4 * float(step) + 1e-7, rtol=0, msg=name
+        )
+    assert moved > 1e-2
+
+
+def test_accumulation_logs_the_loss_of_one_large_batch(make_trainer):
+    logged = []
+    for trainer in (make_trainer(8, 1), make_trainer(2, 4)):
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    for key in ("loss", "task_loss", "balance"):
+        assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_logged_task_loss_is_the_loss_without_the_balance_term(legacy, make_trainer):
+    with_balance = make_trainer(2, 4, balance_loss_weight=0.5, legacy_double_softmax=legacy)
+    without = make_trainer(2, 4, balance_loss_weight=0.0, legacy_double_softmax=legacy)
+    with_balance.train()
+    without.train()
+    first, plain = with_balance.state.log_history[0], without.state.log_history[0]
+    assert first["task_loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert first["loss"] == pytest.approx(first["task_loss"] + 0.5 * first["balance"], rel=1e-6)
+    assert abs(first["loss"] - plain["loss"]) > 1e-2
+
+
+def test_the_log_shows_the_mean_weights_of_the_groups_and_the_speed(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["fusion_weight_1"] + entry["fusion_weight_2"] == pytest.approx(1)
+    assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
+    text = status_text(entry)
+    for part in ("loss ", "weights 0.", "tokens/s", "samples/s", "peak "):
+        assert part in text
+
+
+def test_projector_and_allocator_may_have_learning_rates_of_their_own(make_trainer):
+    rates = {"projector_learning_rate": 0.3, "allocator_learning_rate": 0.02}
+    trainer = make_trainer(learning_rates=rates, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            expected = 0.3 if "projector" in name else 0.02 if "fusion" in name else 0.1
+            assert group["lr"] == expected, name
+            # No decay on vectors: biases and norms.
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
+    assert not [name for name in names.values() if "vision_tower" not in name]
