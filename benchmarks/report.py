@@ -123,7 +123,6 @@ MEMORY: dict[str, Cell] = {
 LAUNCH: dict[str, Cell] = {
     "host µs": lambda case: _microseconds(case["metrics"]["host_s"]),
     "latency µs": _inner("latency"),
-    "graph µs": _inner("graph"),
 }
 CASE: dict[str, Cell] = {
     "tower": _parameter("tower"),
@@ -146,7 +145,7 @@ STEP: dict[str, Cell] = {
 
 
 def _operation(name: str) -> Callable[[dict], bool]:
-    return lambda case: case["parameters"].get("operation") == name
+    return lambda case: case["parameters"].get("operation", "").startswith(name)
 
 
 def _fuse(mode: str) -> Callable[[dict], bool]:
@@ -162,7 +161,12 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
     ("launch settings of the forward kernel", _operation("launch settings"), CASE | TIMES | FLOOR),
     ("group summaries", _operation("summaries"), CASE | TIMES | MEMORY | LAUNCH),
     ("weight allocator", _operation("allocator"), CASE | TIMES | MEMORY | LAUNCH),
-    ("vision side: tower, fusion, projector", lambda case: "llm_dim" in case["parameters"], CASE | TIMES | MEMORY | LAUNCH),
+    (
+        "vision side: tower, fusion, projector",
+        lambda case: "llm_dim" in case["parameters"] and "operation" not in case["parameters"],
+        CASE | TIMES | MEMORY | LAUNCH,
+    ),
+    ("replay of a CUDA graph", _operation("CUDA graph"), {"of": lambda case: case["name"].split()[0]} | CASE | TIMES),
     ("training step", lambda case: "setup" in case["parameters"], STEP),
     (
         "tests",
