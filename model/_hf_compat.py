@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers import PreTrainedModel
 
 _OLDEST = (5, 10)
 
@@ -50,3 +51,9 @@ def load_image_processor(values: dict[str, Any]) -> Any:
     if name is None:
         raise ValueError("the image processor's file names no image_processor_type")
     return pil_image_processor(name.removesuffix("Pil").removesuffix("Fast")).from_dict(values)
+
+
+def enable_activation_checkpointing(module: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass; renamed from gradient_checkpointing_enable, which warns by now."""
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

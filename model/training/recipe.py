@@ -296,7 +296,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
         raise FileNotFoundError(f"no recipe at {path}")
     parser = recipe_parser()
     try:
-        parsed = parser.instantiate_classes(parser.parse_args([f"--recipe={path}", *overrides]))
+        parsed = parser.instantiate(parser.parse_args([f"--recipe={path}", *overrides]))
     except ArgumentError as error:
         raise ValueError(f"recipe {path}: {error}") from error
     values = {key: value for key, value in parsed.as_dict().items() if key != "recipe"}

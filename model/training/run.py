@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from model._hf_compat import enable_activation_checkpointing
 from model.build import build_model, build_processor
 from model.data.collator import ImageTextCollator
 from model.data.dataset import LlavaDataset
@@ -68,7 +69,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     say(report.table())
     if recipe.activation_checkpointing:
         # The tower is frozen and keeps nothing; only the language model has activations worth giving up.
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model.model.language_model)
 
     # One rank makes the folder and embeds the instructions; the others find both.
     with ranks.main_process_first():
@@ -90,7 +91,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     )
     trainer.remove_callback(PrinterCallback)
     outcome = trainer.train(resume_from_checkpoint=folders.resume_from())
-    eval_loss = trainer.evaluate()["eval_loss"] if eval_data else None
+    eval_loss = _held_out_loss(trainer) if eval_data else None
 
     result = {
         "checkpoint": str(folders.checkpoint),
@@ -245,6 +246,14 @@ def save_checkpoint(
     (folders.records / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     shutil.copy(folders.log, folders.records / folders.log.name)
     folders.publish()
+
+
+def _held_out_loss(trainer: IgvaTrainer) -> float:
+    """The loss on the held-out data at the last step, which an evaluation every few steps may have computed already."""
+    newest = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if newest is None or newest["step"] != trainer.state.global_step:
+        newest = trainer.evaluate()
+    return newest["eval_loss"]
 
 
 def _check_encoder(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlavaProcessor) -> None:
