@@ -277,7 +277,11 @@ def recipe_parser(prog: str = "igva train RECIPE") -> ArgumentParser:
     # The documentation of a field is the string below it: one source for help and code.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=prog, usage=f"{prog} [--key=value ...]", exit_on_error=False, description="Fields of a recipe; each is a flag."
+        prog=prog,
+        usage=f"{prog} [--key=value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Fields of a recipe; each is a flag.",
     )
     parser.add_argument("--recipe", action="config", help="YAML file with values for the fields below.")
     parser.add_class_arguments(TrainRecipe)
