@@ -30,22 +30,24 @@ def official_fuse(
     Returns:
         (B, N, 2D), base first, in the dtype of the hidden states.
     """
-    base_patches = hidden_states[base][:, num_prefix_tokens:]
-    patches = torch.stack([_group_mean(hidden_states, group)[:, num_prefix_tokens:] for group in groups])
+    patches_of_groups = []
+    for group in groups:  # the last stack stays alive to the end, as in the released code: it belongs to its peak memory
+        stacked = torch.stack([hidden_states[layer] for layer in group])
+        mean = stacked.mean(dim=0)
+        patches_of_groups.append(mean[:, num_prefix_tokens:])
+    patches = torch.stack(patches_of_groups)
+    del patches_of_groups  # the released code gives the name to the stack
     if weights is None:
         fused = patches.mean(dim=0)
     else:
-        fused = (patches * weights.to(patches.dtype).t()[:, :, None, None]).sum(dim=0)
-    return torch.cat((base_patches, fused), dim=-1)
+        weighted = patches * weights.to(patches.dtype).t()[:, :, None, None]
+        fused = weighted.sum(dim=0)
+    return torch.cat((hidden_states[base][:, num_prefix_tokens:], fused), dim=-1)
 
 
 def official_summaries(hidden_states: Sequence[Tensor], groups: Groups) -> Tensor:
     """The CLS row of every group mean, (B, K, D), by the means of the whole maps as the released code takes them."""
-    return torch.stack([_group_mean(hidden_states, group)[:, 0] for group in groups], dim=1)
-
-
-def _group_mean(hidden_states: Sequence[Tensor], group: Sequence[int]) -> Tensor:
-    return torch.stack([hidden_states[layer] for layer in group]).mean(dim=0)
+    return torch.stack([torch.stack([hidden_states[layer] for layer in group]).mean(dim=0)[:, 0] for group in groups], dim=1)
 
 
 def compiled(function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:

@@ -65,13 +65,14 @@ class Recorder:
     def _count(self, status: str) -> int:
         return sum(case["status"] == status for case in self.document["cases"])
 
-    def case(self, name: str, parameters: dict, measure: Callable[[], dict]) -> dict | None:
+    def case(self, name: str, parameters: dict, measure: Callable[[], dict], *, begun: bool = False) -> dict | None:
         """Run one case and return its metrics; None when it failed or was skipped.
 
         An exception of ``measure`` becomes an entry with its text: the other cases go on, and the command fails at the end.
+        ``begun`` says that the case's work began within the budget, so that its results are recorded whatever the time is now.
         """
         entry: dict = {"name": name, "parameters": parameters}
-        if self.spent:
+        if self.spent and not begun:
             self._add(entry | {"status": "skipped", "reason": f"the time budget of {self.budget_s:.0f} s is spent"})
             return None
         begin = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -43,11 +44,13 @@ def measure_variants(
     recorder, device = context.recorder, context.device
     ready: dict[str, Sequence[Closure]] = {}
     failed: dict[str, Exception] = {}
-    if not recorder.spent:
+    begun = not recorder.spent
+    if begun:
         for variant, prepare in variants.items():
             try:
                 ready[variant] = prepare()
             except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold tensors, which may be why memory ran out
                 failed[variant] = error
     timings = compare(ready, device, seconds=context.seconds) if ready else {}
 
@@ -69,12 +72,18 @@ def measure_variants(
         return found
 
     for variant in variants:
-        recorder.case(f"{name}: {variant}", parameters | {"variant": variant}, lambda variant=variant: metrics(variant))
+        measure = partial(metrics, variant)
+        recorder.case(f"{name}: {variant}", parameters | {"variant": variant}, measure, begun=begun)
     if with_graph and device.type == "cuda":  # cases of their own: what cannot be captured still has its other figures
         for variant, closures in ready.items():
             labels = parameters | {"variant": variant, "operation": f"CUDA graph of {name.split()[0]}"}
-            capture = partial(cuda_graph_time, closures)
-            recorder.case(f"{name}: {variant}: CUDA graph", labels, lambda capture=capture: capture().as_dict())
+            recorder.case(f"{name}: {variant}: CUDA graph", labels, partial(_graph_metrics, closures), begun=begun)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the next case has other sizes
+
+
+def _graph_metrics(closures: Sequence[Closure]) -> dict:
+    return cuda_graph_time(closures).as_dict()
 
 
 def require_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor, *, slack: float = 8) -> None:

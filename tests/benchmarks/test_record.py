@@ -87,3 +87,8 @@ def test_validate_names_what_is_wrong(change: dict, message: str) -> None:
 
 def test_summary_line_shows_scalars_only() -> None:
     assert summary_line({"a": 1.23456, "b": 2, "c": "wall", "d": {"x": 1}}) == "a=1.235 b=2 c=wall"
+
+
+def test_a_case_that_began_in_time_is_recorded(tmp_path: Path, lines: list[str]) -> None:
+    recorder = Recorder(tmp_path / "result.json", "kernels", {}, {}, budget_s=-1, show=lines.append)
+    assert recorder.case("in time", {}, lambda: {"median_s": 1.0}, begun=True) == {"median_s": 1.0}
