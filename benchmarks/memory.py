@@ -8,10 +8,14 @@ compiled function.)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# The profiler's library prints two lines for every profile; it reads its log level when it is first used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 CPU_METHOD = "sum of the CPU allocator's live bytes (torch.profiler)"
 CUDA_METHOD = "torch.cuda.max_memory_allocated"
