@@ -88,20 +88,13 @@ def build_model(
     tower = AutoModel.from_pretrained(vision_tower, config=_vision_config(vision_tower), **options)
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model, **options)
     head = _plain_head(causal_lm)
-    # A composite config sets the attention of its parts; these were dispatched when the parts were loaded.
-    attention = {"vision_config": tower.config._attn_implementation, "text_config": causal_lm.config._attn_implementation}
-    config = IgvaLlavaConfig(
-        vision_config=tower.config,
-        text_config=causal_lm.config,
-        dtype=dtype,
-        attn_implementation=attention,
-        **settings,
-    )
+    config = IgvaLlavaConfig(vision_config=tower.config, text_config=causal_lm.config, dtype=dtype, **settings)
     for part in (tower, causal_lm):
         _mark_initialized(part)
     model = IgvaLlavaForConditionalGeneration(config, vision_tower=tower, language_model=causal_lm.base_model)
     model.lm_head = head
     model.tie_weights()
+    _scale_output_norm(model, config)
     model.to(dtype)
     model.generation_config = causal_lm.generation_config
     vocab_size = config.text_config.vocab_size
@@ -222,6 +215,15 @@ def _plain_head(causal_lm: PreTrainedModel) -> nn.Linear:
             f"the head of {type(causal_lm).__name__} is {head}, expected a Linear without bias; use a Llama-like language model"
         )
     return head
+
+
+def _scale_output_norm(model: IgvaLlavaForConditionalGeneration, config: IgvaLlavaConfig) -> None:
+    """Let the projector's output norm begin at the spread of the word embeddings: 1 would be 7 times SmolLM2's 0.136."""
+    if config.projector_output_norm:
+        nn.init.constant_(
+            model.model.multi_modal_projector.output_norm.weight,
+            model.get_input_embeddings().weight.detach().float().std().item(),
+        )
 
 
 def _mark_initialized(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -178,7 +179,8 @@ def num_prefix_tokens_of(vision_config: PreTrainedConfig) -> int:
 
 def _sub_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
-        return config
+        # A composite config sets the attention of its parts to its own, which would reach into a loaded part.
+        return copy.deepcopy(config)
     values = dict(config or {})
     model_type = values.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:

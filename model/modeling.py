@@ -143,6 +143,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
+        # The config of a loaded part knows how the part attends; a size that changes later must change in one place.
+        if vision_tower is not None:
+            config.vision_config = vision_tower.config
+        if language_model is not None:
+            config.text_config = language_model.config
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
         self.fusion = _fusion_module(config)
         self.multi_modal_projector = IgvaLlavaProjector(config)
@@ -431,7 +436,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         if labels is not None:
             balance_loss_weight = self.config.balance_loss_weight
             if balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None:
-                image_to_sample = self._rows_of_images(input_ids, outputs.image_hidden_states)
+                image_to_sample = self._rows_of_images(input_ids, *outputs.image_hidden_states.shape[:2])
             loss = token_exact_loss(
                 outputs.last_hidden_state,
                 labels,
@@ -455,9 +460,8 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             fusion_weights=outputs.fusion_weights,
         )
 
-    def _rows_of_images(self, input_ids: Tensor, image_hidden_states: Tensor) -> Tensor:
+    def _rows_of_images(self, input_ids: Tensor, num_images: int, tokens_per_image: int) -> Tensor:
         """(B,), the row of each image: images fill the placeholders in reading order."""
-        num_images, tokens_per_image = image_hidden_states.shape[:2]
         counts = (input_ids == self.config.image_token_id).sum(dim=1)  # (rows,)
         if bool((counts % tokens_per_image).any()):
             raise ValueError(
@@ -466,6 +470,31 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             )
         rows = torch.arange(len(counts), device=counts.device)
         return torch.repeat_interleave(rows, counts // tokens_per_image, output_size=num_images)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """As in transformers, for beams and several answers, with all images of a text repeated together.
+
+        Versions that encode the images before this point do that themselves; older ones repeat image by image, [A, A, B, B],
+        which gives a text with two images the same image twice.
+        """
+        images = {name: model_kwargs.pop(name) for name in ("pixel_values", "instruction_embeds") if name in model_kwargs}
+        pixel_values = images.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            rows, columns = self.config.image_grid(*pixel_values.shape[-2:])
+            owners = self._rows_of_images(input_ids, len(pixel_values), rows * columns)
+            of_row = [(owners == row).nonzero().flatten() for row in range(len(input_ids))]
+            order = torch.cat([own for own in of_row for _ in range(expand_size)])
+            images = {name: value if value is None else value[order] for name, value in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 from model._hf_compat import load_image_processor
 from model.configuration import image_grid
@@ -102,6 +103,18 @@ class IgvaLlavaProcessor(ProcessorMixin):
             embeds = self.encode_instructions(sentences)
             features["instruction_embeds"] = embeds if kwargs.get("return_tensors") == "pt" else embeds.numpy()
         return features
+
+    def validate_inputs(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Refuse a number of pictures that is not the number of placeholders; the base class calls this first."""
+        if text is not None:
+            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            num_placeholders = sum(prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text))
+            if num_placeholders != num_images:
+                raise ValueError(
+                    f"the text holds {num_placeholders} {self.image_token}, but there are {num_images} images; each image "
+                    "needs exactly one placeholder"
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one picture; the base class calls this for every ``<image>``."""

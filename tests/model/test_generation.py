@@ -78,13 +78,26 @@ def test_the_instruction_changes_the_answer(prompts):
     assert len(answers) > 1
 
 
-def test_beam_search_keeps_each_image_with_its_text(prompts):
-    model, short, _ = prompts
-    other = {**short, "pixel_values": short["pixel_values"].flip(-1) * 3}
-    batch = {name: torch.cat([short[name], other[name]]) for name in short}
+def test_beam_search_keeps_each_image_with_its_text(prompts, make_batch):
+    model, one, _ = prompts
+    two = make_batch(model, (2,), length=11, seed=5)
+    two["pixel_values"][1] *= 3  # the order of the two matters
+    batch = {name: torch.cat([two[name], one[name]]) for name in one}
     together = new_tokens(model, batch, num_beams=2)
-    for row, prompt in enumerate((short, other)):
+    for row, prompt in enumerate(({name: two[name] for name in one}, one)):
         assert torch.equal(together[row : row + 1], new_tokens(model, prompt, num_beams=2))
+
+
+def test_images_of_one_text_stay_together_when_texts_are_repeated(prompts, make_batch):
+    model, _, _ = prompts
+    batch = make_batch(model, (2, 0, 1))
+    pixels = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 28, 28)
+    input_ids, expanded = model._expand_inputs_for_generation(
+        expand_size=2, input_ids=batch["input_ids"], pixel_values=pixels, instruction_embeds=None
+    )
+    assert expanded["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2, 2]
+    assert expanded["instruction_embeds"] is None
+    assert torch.equal(input_ids, batch["input_ids"].repeat_interleave(2, dim=0))
 
 
 def test_text_alone_generates(make_model, make_batch):

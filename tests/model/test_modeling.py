@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_build_keeps_pretrained_weights(part_folders, tower):
     assert model.generation_config.suppress_tokens == list(range(261, 320))
 
 
+def test_a_built_model_attends_to_the_past_only(part_folders, make_batch):
+    fusion = {"num_groups": 2, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1}
+    model = build_model(part_folders["clip"], part_folders["llama"], fusion=fusion)
+    inputs = without_labels(make_batch(model))
+    before = model(**inputs).logits
+    inputs["input_ids"][:, 10] += 1
+    after = model(**inputs).logits
+    assert torch.equal(before[:, :10], after[:, :10]) and not torch.equal(before[:, 10:], after[:, 10:])
+
+
+def test_a_built_output_norm_begins_at_the_spread_of_the_word_embeddings(part_folders):
+    model = build_model(part_folders["clip"], part_folders["llama"], fusion={"type": "llava"}, projector_output_norm=True)
+    features = model.get_image_features(torch.randn(8, 3, 28, 28)).pooler_output
+    words = model.get_input_embeddings().weight[:261]  # the rows after them came with <image> and were never trained
+    assert features.std().item() == pytest.approx(words.std().item(), rel=0.1)
+
+
+def test_attention_can_be_chosen(part_folders):
+    model = build_model(part_folders["clip"], part_folders["llama"], fusion={"type": "llava"}, attn_implementation="eager")
+    assert model.model.vision_tower.config._attn_implementation == "eager"
+    assert model.model.language_model.config._attn_implementation == "eager"
+
+
 def test_build_takes_the_vision_half_of_a_full_clip(part_folders, vision_configs, tmp_path):
     torch.manual_seed(3)
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
@@ -174,6 +198,16 @@ def test_no_instruction_means_uniform_weights_which_is_stage_one(make_model, mak
     averaged = model.get_image_features(pixels)
     assert averaged.fusion_weights is None
     torch.testing.assert_close(uniform.pooler_output, averaged.pooler_output, **CLOSE)
+
+
+def test_missing_instructions_are_said_once(make_model, make_batch, caplog):
+    model = make_model()
+    pixels = make_batch(model)["pixel_values"]
+    logging.Logger.warning_once.cache_clear()
+    for _ in range(3):
+        model.get_image_features(pixels)
+    assert [record.message for record in caplog.records if "same weight" in record.message] == caplog.messages
+    assert len(caplog.messages) == 1
 
 
 def test_stage_is_switchable_and_saved(make_model, make_batch, tmp_path):
