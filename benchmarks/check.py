@@ -2,11 +2,13 @@
 
 The reference is the official formulation in float64, a few images at a time. The rule is that of the library's tests: the
 largest error is at most twice the largest error of the official formulation in the same dtype, plus a few roundings of the
-result's scale.
+result's scale. dL/dw is a sum over all N*D elements: in float32 another order moves it by up to about sqrt(N*D) roundings (eager
+torch sums pairwise, compiled code one after the other), 1e-4 of its scale at most; a missing layer would be a tenth of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,8 +90,11 @@ def require_correct(case: FuseCase, variant: Variant, inputs: FuseInputs) -> Non
             errors = (_distance(actual[name][images], expected), _distance(eager[name][images], expected))
             sizes = (*errors, expected.abs().max().item())
             worst[name] = [max(pair) for pair in zip(worst[name], sizes, strict=True)]
+    terms = case.tower.num_patches * case.tower.vision_dim
     for name, (error, eager_error, scale) in worst.items():
         allowed = 2 * eager_error + SLACK * torch.finfo(case.dtype).eps * scale
+        if name == "grad_weights":
+            allowed += math.sqrt(terms) * torch.finfo(torch.float32).eps * scale
         if not error <= allowed:  # also refuses NaN
             raise WrongResult(f"{case.name}: {name} is off by {error:.3e}, allowed {allowed:.3e} (scale {scale:.3e})")
 

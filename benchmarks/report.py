@@ -49,6 +49,9 @@ def render(document: dict) -> str:
         f"{machine['cpu']}, {machine['cpu_count']} cores, {machine['cpu_capability']}, {machine['torch_threads']} threads"
     )
     lines = [f"## {document['part']} on {machine['device']}", "", f"{document['started']} · {processor} · {versions}"]
+    load = machine.get("load_average")
+    if load and load > BUSY_LOAD and machine["device"] == "cpu":
+        lines += ["", f"**The machine was busy: load average {load:.1f} at the start. Ratios are more reliable than times.**"]
     if document["arguments"].get("tiny"):
         lines += ["", "**Tiny sizes: these figures show that the code runs, and nothing else.**"]
     copy = document["ceilings"].get("copy")
@@ -67,6 +70,10 @@ def render(document: dict) -> str:
             reasons = [(case["name"], (case.get("error") or case.get("reason") or "").splitlines() or [""]) for case in left]
             lines += ["", f"### {heading}", "", *(f"- {name}: {reason[0]}" for name, reason in reasons)]
     return "\n".join(lines)
+
+
+BUSY_LOAD = 0.3
+"""Load average over the minute before the run above which something else ran beside it."""
 
 
 def table(rows: Iterable[dict], columns: dict[str, Cell]) -> list[str]:
