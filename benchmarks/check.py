@@ -2,8 +2,8 @@
 
 The reference is the official formulation in float64, a few images at a time. The rule is that of the library's tests: the
 largest error is at most twice the largest error of the official formulation in the same dtype, plus a few roundings of the
-result's scale. dL/dw is a sum over all N*D elements: in float32 another order moves it by up to about sqrt(N*D) roundings (eager
-torch sums pairwise, compiled code one after the other), 1e-4 of its scale at most; a missing layer would be a tenth of it.
+result's scale. dL/dw is a sum over all N*D elements: in float32 another order moves it by up to about sqrt(N*D) roundings
+(eager torch sums pairwise, compiled code one after the other), 1e-4 of its scale; a missing layer would be a tenth of it.
 """
 
 from __future__ import annotations
