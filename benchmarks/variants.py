@@ -12,7 +12,7 @@ from torch import Tensor
 from .check import WrongResult
 from .context import Context
 from .memory import peak_bytes
-from .timing import Closure, compare, cuda_graph_time, latency, num_input_sets
+from .timing import Closure, Timing, compare, cuda_graph_time, latency, num_input_sets
 
 Prepare = Callable[[], Sequence[Closure]]
 """Checks a variant and returns one closure per set of inputs; raises what is wrong with it."""
@@ -52,7 +52,13 @@ def measure_variants(
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # they hold tensors, which may be why memory ran out
                 failed[variant] = error
-    timings = compare(ready, device, seconds=context.seconds) if ready else {}
+    timings: dict[str, Timing] = {}
+    try:
+        timings = compare(ready, device, seconds=context.seconds)
+    except Exception as error:  # the rounds alternate, so nobody has a figure then
+        traceback.clear_frames(error.__traceback__)
+        failed |= dict.fromkeys(ready, error)
+        ready = {}
 
     def metrics(variant: str) -> dict:
         if variant in failed:

@@ -13,6 +13,7 @@ from benchmarks.check import Results, WrongResult, official, require_correct
 from benchmarks.context import Context
 from benchmarks.parts import kernels
 from benchmarks.sizes import TINY, TINY_NO_PREFIX, FuseCase, FuseInputs, make_inputs
+from benchmarks.variants import measure_variants
 
 SEED = 7
 
@@ -101,3 +102,18 @@ def test_a_red_check_prints_no_speed(context: Context, lines: list[str], monkeyp
 def test_results_are_named_for_the_message() -> None:
     one = torch.zeros(1)
     assert list(Results(one, one, (one, one)).named()) == ["output", "grad_weights", "grad_states[0]", "grad_states[1]"]
+
+
+def test_a_failure_while_timing_is_recorded_and_the_run_goes_on(context: Context) -> None:
+    calls: list[int] = []
+
+    def breaks_down() -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+
+    measure_variants(context, "sum", {}, {"a": lambda: [breaks_down], "b": lambda: [lambda: None]})
+    measure_variants(context, "next", {}, {"a": lambda: [lambda: None]})
+    cases = context.recorder.document["cases"]
+    assert [case["status"] for case in cases] == ["error", "error", "ok"]
+    assert "out of memory" in cases[0]["error"]
