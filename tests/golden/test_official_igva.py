@@ -1,8 +1,9 @@
 """igva_kernels against outputs and gradients of the released IGVA code (README.md here says how they were made).
 
-Rule: in float64 the results agree to rounding. In float32 our largest error against the official float64 result is at most twice
-the largest error of the official float32 result, plus a tolerance in units of ``eps * max|expected|`` (``ULPS_*`` below). Our sums
-run in another order (group sum, one scale, one mix), so that the two roundings are independent draws of the same size.
+Rule: in float64 the results agree to rounding. In float32 our largest error against the official float64 result is at
+most twice the largest error of the official float32 result, plus a tolerance in units of ``eps * max|expected|``
+(``ULPS_*`` below). Our sums run in another order (group sum, one scale, one mix), so that the two roundings are independent
+draws of the same size.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ULPS_MIX = 4
 """A mean of up to eight maps and a sum of up to four: at most three more roundings than the official order."""
 
 ULPS_DOT = 32
-"""dL/dw sums N*D <= 288 products; a sum of M terms in another order moves by about sqrt(M) = 17 roundings of its largest part."""
+"""dL/dw sums N*D <= 288 products; a sum of M terms in another order moves by about sqrt(M) = 17 roundings of its size."""
 
 ULPS_ALLOCATOR = 128
 """Four blocks of matrix products, softmax and two norms each, forward and backward: the official float32 gradients are up to 55
