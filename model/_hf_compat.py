@@ -23,7 +23,7 @@ def check_version(version: str = transformers.__version__) -> None:
         )
 
 
-def pil_image_processor(name: str) -> type:
+def pil_image_processor(name: str) -> Any:
     """The image processor class ``name`` (``"CLIPImageProcessor"``) in the variant that needs no torchvision.
 
     The PIL variants carry a suffix in the versions that have it; before, the plain name was the PIL one.

@@ -187,13 +187,9 @@ def _default_template(tokenizer: Any, chat_template: str | None) -> str:
 
 def _image_processor(vision_tower: str | Path, config: IgvaLlavaConfig, image_size: int) -> Any:
     config.image_grid(image_size, image_size)
-    # A whole picture of the side asked for: shortest edge to it, then the centre.
-    size = {
-        "size": {"shortest_edge": image_size},
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_resize": True,
-        "do_center_crop": True,
-    }
+    square = {"height": image_size, "width": image_size}
+    # Shortest edge to the side asked for, then the centre.
+    size = {"size": {"shortest_edge": image_size}, "crop_size": square, "do_resize": True, "do_center_crop": True}
     try:
         values, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
     except OSError as error:
@@ -205,6 +201,9 @@ def _image_processor(vision_tower: str | Path, config: IgvaLlavaConfig, image_si
             ) from error
         name, values = _IMAGE_PROCESSORS[model_type]
         return pil_image_processor(name)(**{**values, **size})
+    if "height" in (values.get("size") or {}):
+        # SigLIP's and ViT's processors know no shortest edge: they resize to a square.
+        size = {"size": square, "do_resize": True}
     return load_image_processor({**values, **size})
 
 
@@ -229,4 +228,4 @@ def _scale_output_norm(model: IgvaLlavaForConditionalGeneration, config: IgvaLla
 def _mark_initialized(model: nn.Module) -> None:
     """Keep the composite model's initialisation away from loaded parts."""
     for module in model.modules():
-        module._is_hf_initialized = True
+        module._is_hf_initialized = True  # type: ignore[assignment]

@@ -22,7 +22,7 @@ VICUNA_V1 = (
     + "{%- if messages[0]['role'] == 'system' -%}"
     + "{%- set system = render(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
     + "{%- else -%}"
-    + "{%- set system = \"A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    + '{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, '
     + "detailed, and polite answers to the user's questions.\" -%}{%- set turns = messages -%}"
     + "{%- endif -%}"
     + "{{- system + ' ' -}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -74,10 +75,10 @@ class IgvaLlavaConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    fusion: dict | None = None
+    fusion: dict[str, Any] = field(default_factory=dict)
     image_token_id: int = 32000
-    image_size: int | None = None
-    num_prefix_tokens: int | None = None
+    image_size: int = None  # type: ignore[assignment]  # filled in from the tower
+    num_prefix_tokens: int = None  # type: ignore[assignment]  # filled in from the tower
     token_pooling: int | None = None
     projector_hidden_act: str = "gelu"
     projector_input_norm: bool = False

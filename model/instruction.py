@@ -209,7 +209,7 @@ def _fingerprint_of(encoder: Any) -> str:
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -266,7 +266,7 @@ class InstructionCache:
 
         keys = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).view(-1, 32)
         embeds = self.encoder.encode(list(texts.values())).float().contiguous()
-        shard = self.folder / f"{hashlib.sha256(keys.numpy()).hexdigest()[:32]}.safetensors"
+        shard = self.folder / f"{hashlib.sha256(b''.join(texts)).hexdigest()[:32]}.safetensors"
         write_bytes_atomically(shard, save({"keys": keys, "embeds": embeds}))
         self._index(shard)
 

@@ -280,7 +280,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         features = self._image_features(pixel_values, instruction_embeds, mm_encoder_outputs)
-        if inputs_embeds is None:
+        if input_ids is not None:
             is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if features is not None or is_prefill:
@@ -435,7 +435,8 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         loss = logits = None
         if labels is not None:
             balance_loss_weight = self.config.balance_loss_weight
-            if balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None:
+            needs_owners = balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None
+            if needs_owners and input_ids is not None:
                 image_to_sample = self._rows_of_images(input_ids, *outputs.image_hidden_states.shape[:2])
             loss = token_exact_loss(
                 outputs.last_hidden_state,
@@ -483,7 +484,8 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         Versions that encode the images before this point do that themselves; older ones repeat image by image, [A, A, B, B],
         which gives a text with two images the same image twice.
         """
-        images = {name: model_kwargs.pop(name) for name in ("pixel_values", "instruction_embeds") if name in model_kwargs}
+        names = [name for name in ("pixel_values", "instruction_embeds") if name in model_kwargs]
+        images = {name: model_kwargs.pop(name) for name in names}
         pixel_values = images.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             rows, columns = self.config.image_grid(*pixel_values.shape[-2:])
@@ -502,9 +504,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         """As in transformers, with the image inputs in the first step only, or in every step where there is no cache."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGE_INPUTS}
-        return super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
 
 def _fusion_module(config: IgvaLlavaConfig) -> IGVAFusion | None:

@@ -45,9 +45,7 @@ def test_image_token_is_expanded_to_the_tokens_of_the_picture(make_config, make_
 
 def test_what_the_processor_makes_runs_through_the_model(part_folders, tiny_encoder):
     model = build_model(part_folders["clip"], part_folders["llama"], fusion=FUSION)
-    processor = build_processor(
-        part_folders["clip"], part_folders["llama"], model.config, sentence_encoder=tiny_encoder
-    )
+    processor = build_processor(part_folders["clip"], part_folders["llama"], model.config, sentence_encoder=tiny_encoder)
     inputs = processor(
         images=[picture(seed=1), picture(seed=2), picture(seed=3)],
         text=["<image>What?", "<image> or <image>, which one?"],
@@ -90,6 +88,14 @@ def test_build_refuses_another_tokenizer_than_the_models(part_folders, make_conf
 @pytest.mark.parametrize(("tower", "mean"), [("clip", 0.4815), ("dinov2", 0.485)])
 def test_pictures_are_normalised_as_the_tower_was_trained(make_processor, tower, mean):
     assert make_processor(tower=tower).image_processor.image_mean[0] == pytest.approx(mean, abs=1e-4)
+
+
+def test_a_towers_own_image_processor_is_kept_at_the_models_size(part_folders, make_config, tmp_path):
+    values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1] * 3, "size": {"height": 224, "width": 224}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
+    processor = build_processor(tmp_path, part_folders["llama"], make_config())
+    assert processor.image_processor.image_mean[0] == 0.1
+    assert processor(images=picture(), text="<image>", return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
 
 
 # ---- templates ----------------------------------------------------------------------------------------------------------
