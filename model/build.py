@@ -219,10 +219,9 @@ def _plain_head(causal_lm: PreTrainedModel) -> nn.Linear:
 def _scale_output_norm(model: IgvaLlavaForConditionalGeneration, config: IgvaLlavaConfig) -> None:
     """Let the projector's output norm begin at the spread of the word embeddings: 1 would be 7 times SmolLM2's 0.136."""
     if config.projector_output_norm:
-        nn.init.constant_(
-            model.model.multi_modal_projector.output_norm.weight,
-            model.get_input_embeddings().weight.detach().float().std().item(),
-        )
+        words = model.get_input_embeddings().get_parameter("weight")
+        scale = model.model.multi_modal_projector.output_norm.get_parameter("weight")
+        nn.init.constant_(scale, words.detach().float().std().item())
 
 
 def _mark_initialized(model: nn.Module) -> None:

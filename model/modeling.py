@@ -118,7 +118,7 @@ class IgvaLlavaPreTrainedModel(PreTrainedModel):
         under a guard that leaves parameters alone that a checkpoint has filled, so torch's own routines are safe here.
         """
         if module is self.get_output_embeddings():
-            nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+            nn.init.normal_(module.get_parameter("weight"), std=getattr(self.config.text_config, "initializer_range", 0.02))
         elif isinstance(module, nn.MultiheadAttention):
             module._reset_parameters()
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -485,7 +485,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         which gives a text with two images the same image twice.
         """
         names = [name for name in ("pixel_values", "instruction_embeds") if name in model_kwargs]
-        images = {name: model_kwargs.pop(name) for name in names}
+        images: dict[str, Any] = {name: model_kwargs.pop(name) for name in names}
         pixel_values = images.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             rows, columns = self.config.image_grid(*pixel_values.shape[-2:])
