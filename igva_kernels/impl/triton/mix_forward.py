@@ -58,11 +58,11 @@ def mix_forward_kernel(
     for source in tl.static_range(len(SCHEDULE.members)):
         if len(SCHEDULE.copies[source]) + len(SCHEDULE.members[source]) > 0:
             state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D
-            value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM).to(ACC)  # [BLOCK]
+            value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM)  # [BLOCK]
             for i in tl.static_range(len(SCHEDULE.copies[source])):
                 slot = out + image * num_rows * (S * D) + SCHEDULE.copies[source][i] * D
-                tl.store(slot + slot_offsets, value.to(out.dtype.element_ty), mask=exists)
-            sums = add_to_groups(sums, value, source, SCHEDULE)
+                tl.store(slot + slot_offsets, value, mask=exists)  # never converted: a copy keeps every bit
+            sums = add_to_groups(sums, value.to(ACC), source, SCHEDULE)
 
     group_means = means_of_sums(sums, SCHEDULE)  # G x [BLOCK]
     if out is not None:
