@@ -122,8 +122,9 @@ def evaluate(
         picture_of: for sample i, the index of the sample whose pictures it is shown; None: its own.
         show_progress: a bar on stderr.
 
-    Raises: ValueError: no samples, or a ``picture_of`` that gives a sample another number of pictures than it has
-        placeholders.
+    Raises:
+        ValueError: no samples, or a ``picture_of`` that gives a sample another number of pictures than it has
+            placeholders.
     """
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")

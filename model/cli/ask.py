@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from model.modeling import IgvaLlavaForConditionalGeneration
+    from model.processing import IgvaLlavaProcessor
 
 _EXAMPLES = """examples:
   igva ask runs/mine picture.jpg "What colour is the car?"
@@ -33,7 +40,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def ask(model, processor, image, question: str, max_new_tokens: int = 64) -> tuple[str, list[float] | None]:
+def ask(
+    model: IgvaLlavaForConditionalGeneration,
+    processor: IgvaLlavaProcessor,
+    image: Image,
+    question: str,
+    max_new_tokens: int = 64,
+) -> tuple[str, list[float] | None]:
     """Answer a question about a square picture.
 
     Returns:

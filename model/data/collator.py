@@ -17,8 +17,8 @@ class ImageTextCollator:
     Args:
         pad_token_id: token for the padding; masked in attention and loss.
 
-    A batch holds ``input_ids``, ``attention_mask``, ``labels`` (B, T) and, if it has images, ``pixel_values`` (I, 3,
-    H, W), ``image_to_sample`` (I,) int64, and ``instruction_embeds`` (I, E) float32 if the samples have them: one row
+    A batch holds ``input_ids``, ``attention_mask``, ``labels`` (B, T) and, if it has images, ``pixel_values``
+    (I, 3, H, W), ``image_to_sample`` (I,) int64, and ``instruction_embeds`` (I, E) float32 if the samples have them: one row
     per image, not per sample, so that a model needs no rule for samples with several images, or none.
     """
 

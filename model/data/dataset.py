@@ -1,5 +1,7 @@
-"""Samples to tensors, one by one and only when asked for. Legend: T tokens, I images of the sample, E sentence
-width."""
+"""Samples to tensors, one by one and only when asked for.
+
+Legend: T tokens, I images of the sample, E sentence width.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ class LlavaDataset(Dataset):
         chat_template: name of a template of the processor, or a template; None: the default.
         max_length: longest sequence; a longer one is cut at its end.
 
-    An item holds ``input_ids`` and ``labels`` (T,) int64 and, where the sample has images, ``pixel_values`` (I, 3, H,
-    W) float32 and ``instruction_embeds`` (I, E) float32.
+    An item holds ``input_ids`` and ``labels`` (T,) int64 and, where the sample has images, ``pixel_values``
+    (I, 3, H, W) float32 and ``instruction_embeds`` (I, E) float32.
     """
 
     def __init__(
@@ -62,9 +64,9 @@ class LlavaDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The tensors of one sample.
 
-        Raises: ValueError: a damaged image, a sample without a token to learn, or one whose image would be cut; the
-            message names the
-                sample.
+        Raises:
+            ValueError: a damaged or vanished image, a sample without a token to learn, or one whose image would be cut;
+                the message names the sample.
         """
         sample = self.samples[index]
         try:
@@ -74,7 +76,7 @@ class LlavaDataset(Dataset):
                 if self.embed is not None:
                     embed = embed_instructions([sample.human_turns], self.embed, self.instruction_policy)
                     item["instruction_embeds"] = embed.expand(len(sample.images), -1)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
         return item
 

@@ -27,9 +27,10 @@ def open_image(path: str | Path) -> Image.Image:
 def make_square(image: Image.Image, aspect_ratio: str, mean: Sequence[float]) -> Image.Image:
     """Bring an RGB picture to a square.
 
-    Args: image: W x H picture. aspect_ratio: ``pad`` centres it on a square of the colour ``mean`` (LLaVA's
-        ``image_aspect_ratio=pad``), ``square`` stretches
-            the shorter side.
+    Args:
+        image: W x H picture.
+        aspect_ratio: ``pad`` centres it on a square of the colour ``mean`` (LLaVA's ``image_aspect_ratio=pad``),
+            ``square`` stretches the shorter side.
         mean: the image processor's mean, three numbers in 0 .. 1; after normalisation the padding is zero.
     """
     width, height = image.size

@@ -2,12 +2,13 @@
 
 A file is a list of
 
-    {"id": "000000033471", "image": "coco/train2017/000000033471.jpg",          # a path, a list of paths, or absent
-     for text only "conversations": [{"from": "human", "value": "<image>\\nWhat is on the table?"}, {"from": "gpt",
-     "value": "A cup."}], "level": "identity"}                                 # optional: the kind of question, for
-     the evaluation
+    {"id": "000000033471",
+     "image": "coco/train2017/000000033471.jpg",
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is on the table?"}, {"from": "gpt", "value": "A cup."}],
+     "level": "identity"}
 
-(format: haotian-liu/LLaVA, docs/Finetune_Custom_Data.md; several images as a list: LLaVA-NeXT).
+where ``image`` is a path, a list of paths, or absent for text only, and ``level``, the kind of question, is optional and
+read by the evaluation only (format: haotian-liu/LLaVA, docs/Finetune_Custom_Data.md; lists of images: LLaVA-NeXT).
 """
 
 from __future__ import annotations

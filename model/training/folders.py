@@ -39,6 +39,7 @@ class RunFolders:
                 set.
             FileNotFoundError: ``resume`` is set and there is no intermediate checkpoint.
         """
+        self._restore_replaced()
         if _holds_something(self.checkpoint):
             self._check_replaceable()
         if self._resume:
@@ -86,15 +87,29 @@ class RunFolders:
 
     def publish(self) -> None:
         """Move the staged checkpoint to its place; a replaced one is deleted only after that."""
-        replaced = self.checkpoint.with_name(self.checkpoint.name + ".replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
         if self.checkpoint.exists():
-            os.replace(self.checkpoint, replaced)
-        os.replace(self.staging, self.checkpoint)
+            os.replace(self.checkpoint, self._replaced)
+        try:
+            os.replace(self.staging, self.checkpoint)
+        except OSError:
+            self._restore_replaced()
+            raise
         shutil.rmtree(self.partial)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
+
+    @property
+    def _replaced(self) -> Path:
+        return self.checkpoint.with_name(self.checkpoint.name + ".replaced")
+
+    def _restore_replaced(self) -> None:
+        """Put back what a run moved aside if it ended between its two renames; else remove it."""
+        if not self._replaced.exists():
+            return
+        if self.checkpoint.exists():
+            shutil.rmtree(self._replaced)
+        else:
+            os.replace(self._replaced, self.checkpoint)
 
     def _newest_intermediate(self) -> Path | None:
         found = [folder for folder in self.intermediate.glob("checkpoint-*") if folder.is_dir()]

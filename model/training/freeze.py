@@ -76,13 +76,15 @@ def apply_stage(
 ) -> FreezeReport:
     """Set the fusion of a stage and which parameters learn.
 
-    Args: model: the model, changed in place; for ``lora`` its adapters must already be there
-        (:func:`model.training.lora.add_lora`). stage: 1 or 2. language_model_training: ``frozen``, ``lora`` (the
-        adapters learn) or ``full``.
+    Args:
+        model: the model, changed in place; for ``lora`` its adapters must already be there
+            (:func:`model.training.lora.add_lora`).
+        stage: 1 or 2.
+        language_model_training: ``frozen``, ``lora`` (the adapters learn) or ``full``.
 
-    Raises: ValueError: a stage or a way of training that does not exist, a language model that should learn in stage
-        1, or ``lora``
-            on a model without adapters.
+    Raises:
+        ValueError: a stage or a way of training that does not exist, a language model that should learn in stage 1, or
+            ``lora`` on a model without adapters.
     """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage!r}")

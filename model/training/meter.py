@@ -38,9 +38,11 @@ class StepMeter:
     def update(self, inputs: dict[str, Any], fusion_weights: Tensor | None, num_items: Tensor | int) -> None:
         """Take in one forward pass.
 
-        Args: inputs: the batch, with ``attention_mask`` and ``labels`` (B, T), and ``image_to_sample`` (I,) where it
-            has images. fusion_weights: (I, K), or None. num_items: labels of the whole optimizer step, all ranks
-            together.
+        Args:
+            inputs: the batch, with ``attention_mask`` and ``labels`` (B, T), and ``image_to_sample`` (I,) where it has
+                images.
+            fusion_weights: (I, K), or None.
+            num_items: labels of the whole optimizer step, all ranks together.
         """
         num_samples = torch.tensor(len(inputs["labels"]), device=self._device)
         self._counts += torch.stack([inputs["attention_mask"].sum(), num_samples])
@@ -49,8 +51,7 @@ class StepMeter:
         labels_per_sample = inputs["labels"][:, 1:].ne(IGNORE_INDEX).sum(1)
         image_to_sample = inputs["image_to_sample"]
         images_per_sample = torch.bincount(image_to_sample, minlength=len(labels_per_sample))
-        # The share of an image in the balance term of the loss, so that loss - weight * balance is the cross-entropy
-        # exactly.
+        # The share of an image in the loss's balance term: loss - weight * balance is then exactly the cross-entropy.
         share = labels_per_sample[image_to_sample] / images_per_sample[image_to_sample]
         balance = negative_entropy(fusion_weights, legacy_double_softmax=self._legacy_double_softmax)
         num_images = torch.tensor([float(len(fusion_weights))], device=self._device)
@@ -61,8 +62,7 @@ class StepMeter:
         self._paused += seconds
 
     def read(self, num_steps: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means and speeds of the ``num_steps`` optimizer steps counted; a collective, so that all ranks must call
-        it."""
+        """Means and speeds of the ``num_steps`` optimizer steps counted; a collective, which all ranks must call."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         logs: dict[str, float] = {}
         if self._fusion is not None:

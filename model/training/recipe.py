@@ -291,8 +291,10 @@ def recipe_parser(prog: str = "igva train RECIPE") -> ArgumentParser:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read a recipe file and apply ``--key=value`` overrides.
 
-    Raises: FileNotFoundError: there is no such file. ValueError: a key that no field has, a missing field, or a value
-        of the wrong type or range; the message names it.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key that no field has, a missing field, or a value of the wrong type or range; the message names
+            it.
     """
     from jsonargparse import ArgumentError
 

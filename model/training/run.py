@@ -44,12 +44,14 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         recipe: the run.
         callbacks: further callbacks of transformers' Trainer.
 
-    Returns: ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after ``import
-        model``), ``steps``, ``train_loss``, ``eval_loss`` (None without held-out data), ``seconds``, ``precision``,
-        ``peak_memory_gb`` and ``parameters`` (counts by part).
+    Returns:
+        ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after
+        ``import model``), ``steps``, ``train_loss``, ``eval_loss`` (None without held-out data), ``seconds``,
+        ``precision``, ``peak_memory_gb`` and ``parameters`` (counts by part).
 
-    Raises: ValueError, FileNotFoundError, FileExistsError: settings, data or folders that do not fit; nothing was
-        trained then.
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: settings, data or folders that do not fit; nothing was trained
+            then.
     """
     start = time.perf_counter()
     ranks = PartialState()
@@ -176,8 +178,10 @@ def load_data(
 
 def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: InstructionPolicy) -> int:
     """Embed what the cache lacks of the samples with images; returns how many different texts they have."""
-    texts = {text for sample in samples if sample.images for text in instruction_texts(sample.human_turns, policy)}
-    cache.get(sorted(texts))
+    texts = sorted({text for sample in samples if sample.images for text in instruction_texts(sample.human_turns, policy)})
+    # In pieces: the vectors of all of mix665k's instructions would take gigabytes.
+    for start in range(0, len(texts), cache.shard_size):
+        cache.get(texts[start : start + cache.shard_size])
     return len(texts)
 
 

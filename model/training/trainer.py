@@ -41,8 +41,7 @@ class IgvaTrainer(Trainer):
         self._config = self.accelerator.unwrap_model(self.model).config
         self.start_window()
         self.add_callback(_StartWindow(self))
-        # The Trainer guesses this from the signature of forward; a wrong guess would make accumulation inexact in
-        # silence.
+        # The Trainer guesses this from forward's signature; a wrong guess would make accumulation inexact in silence.
         self.model_accepts_loss_kwargs = True
 
     def start_window(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -123,6 +125,15 @@ def test_what_cannot_be_learned_is_refused_with_the_id(
     with pytest.raises(ValueError, match=r"sample sample-9: ") as error:
         dataset[0]
     assert message in str(error.value)
+
+
+def test_an_image_that_vanished_is_reported_with_the_id(make_dataset, make_record, picture_folder):
+    vanishing = picture_folder / "images" / "vanishing.png"
+    shutil.copy(picture_folder / "images" / "red.png", vanishing)
+    dataset = make_dataset(records=[make_record("sample-9", "images/vanishing.png", "<image>\nWhich?", "red")])
+    vanishing.unlink()
+    with pytest.raises(ValueError, match=r"sample sample-9: no image at"):
+        dataset[0]
 
 
 def test_a_batch_pads_on_the_right_and_names_the_owner_of_each_image(make_dataset, model_and_processor):

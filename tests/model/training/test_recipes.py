@@ -14,7 +14,7 @@ from model.training.run import train
 
 
 def test_the_recipes_are_there():
-    assert shipped_recipes() == ["igva-7b-stage1", "igva-7b-stage2", "igva-tiny-stage1", "igva-tiny-stage2"]
+    assert {"igva-7b-stage1", "igva-7b-stage2", "igva-tiny-stage1", "igva-tiny-stage2"} <= set(shipped_recipes())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -129,7 +131,13 @@ def test_held_out_samples_give_a_loss(make_recipe, data_file):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"precision": "bf16"}, {"activation_checkpointing": True}, {"scheduler": "cosine", "warmup": 0.5}]
+    "fields",
+    [
+        {"precision": "bf16"},
+        {"data": {"num_workers": 1}},
+        {"activation_checkpointing": True},
+        {"scheduler": "cosine", "warmup": 0.5},
+    ],
 )
 def test_other_settings_run_to_the_end(fields, make_recipe):
     result = train(make_recipe(2, language_model_training="lora", **fields))
@@ -178,6 +186,29 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(make_recipe, stage1, monkey
     with pytest.raises(OSError, match="disk full"):
         train(make_recipe(1, overwrite=True, seed=7))
     assert {path: path.read_bytes() for path in run.Path(stage1).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("failing", ["finished", "stage1"])
+def test_a_failed_rename_leaves_the_earlier_checkpoint(failing, make_recipe, stage1, monkeypatch):
+    before = (run.Path(stage1) / "model.safetensors").read_bytes()
+    replace = os.replace
+
+    def fail(source, target):
+        if run.Path(source).name == failing:
+            raise OSError("no such device")
+        replace(source, target)
+
+    monkeypatch.setattr("model.training.folders.os.replace", fail)
+    with pytest.raises(OSError, match="no such device"):
+        train(make_recipe(1, overwrite=True, seed=7))
+    assert (run.Path(stage1) / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_left_aside_by_a_killed_run_is_put_back(make_recipe, stage1):
+    run.Path(stage1).rename(f"{stage1}.replaced")  # as if killed between the two renames
+    with pytest.raises(FileExistsError, match="overwrite=true"):
+        train(make_recipe(1))
+    assert (run.Path(stage1) / "model.safetensors").is_file()
 
 
 def test_an_unfinished_run_is_not_thrown_away_by_accident(make_recipe, tmp_path):
@@ -244,6 +275,15 @@ def test_a_model_without_sentence_encoder_trains_with_uniform_weights(make_recip
     log = run.Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
     weights = [entry["fusion_weight_1"] for entry in map(json.loads, log) if "loss" in entry]
     assert weights == pytest.approx([0.5] * 3)
+
+
+def test_a_tokenizer_without_padding_gets_one(new_model, part_folders, tmp_path):
+    shutil.copytree(part_folders["llama"], tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(config))
+    _, processor = load_parts(ModelSource(**{**new_model, "language_model": str(tmp_path / "llama")}))
+    assert processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id
 
 
 def test_every_instruction_is_embedded_before_the_first_step(make_recipe, stage1, tmp_path, monkeypatch):
