@@ -7,6 +7,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, Dinov2WithReg
 
 from igva_kernels import FusionPlan
 from model import IgvaLlavaConfig
+from model._hf_compat import check_version, load_image_processor, pil_image_processor
 from model.configuration import num_prefix_tokens_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
@@ -101,3 +102,29 @@ def test_stage_one_is_the_plain_average_for_equal_groups_only(make_config):
 
 def test_tied_embeddings_are_taken_from_the_language_model(make_config):
     assert make_config().tie_word_embeddings
+
+
+@pytest.mark.parametrize("version", ["5.9.2", "4.57.0", "6.0.0.dev0"])
+def test_a_transformers_outside_the_range_is_refused(version):
+    with pytest.raises(ImportError, match=rf"needs transformers>=5\.10,<6, found {version}"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["5.10.0", "5.23.0"])
+def test_a_transformers_inside_the_range_is_taken(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"])
+def test_every_name_of_an_image_processor_gives_the_pil_one(name):
+    values = {"image_processor_type": name, "size": {"shortest_edge": 30}}
+    processor = load_image_processor(values)
+    assert type(processor) is pil_image_processor("CLIPImageProcessor")
+    assert processor.size["shortest_edge"] == 30
+
+
+def test_unknown_image_processors_are_named():
+    with pytest.raises(ValueError, match="no image processor 'NoSuchProcessor'"):
+        pil_image_processor("NoSuchProcessor")
+    with pytest.raises(ValueError, match="names no image_processor_type"):
+        load_image_processor({})

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from model import IgvaLlavaProcessor, build_model, build_processor
 from model.chat_templates import CHAT_TEMPLATES
 from model.instruction import SentenceEncoder
+from model.processing import _encoder_folder
 
 FUSION = {"num_groups": 2, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1}
 
@@ -121,6 +123,20 @@ def test_vicuna_text_and_learnt_tokens(make_processor):
     assert learnt(processor, processor.tokenize_conversation(messages)) == "A cat.</s>Yes.</s>"
     prompt = processor.apply_chat_template(messages[:2], add_generation_prompt=True)
     assert prompt == "<s>Be brief. USER: <image>\nWhich? ASSISTANT:"
+
+
+def test_answers_are_found_where_a_token_swallows_the_space_before_it(make_processor):
+    # Llama's tokenizers join the space after "ASSISTANT:" with the first word of the answer.
+    characters = {chr(code) for code in range(33, 127)} | {"▁"}
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *sorted(characters), "▁A"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "A")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    processor = IgvaLlavaProcessor(make_processor().image_processor, tokenizer, CHAT_TEMPLATES["vicuna_v1"])
+    encoded = processor.tokenize_conversation(conversation("<image> Which?", "A cat.", "Sure?", "Yes."))
+    ids = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "▁A▁cat.</s>Yes.</s>"
 
 
 def test_plain_template_keeps_only_picture_and_caption(make_processor):
@@ -283,3 +299,16 @@ def test_a_missing_or_changed_sentence_encoder_is_noticed(make_processor, tiny_s
     (tmp_path / "sentence_encoder").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is missing; copy the whole checkpoint"):
         IgvaLlavaProcessor.from_pretrained(tmp_path)
+
+
+def test_the_encoder_of_a_hub_repository_is_downloaded(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repository: str, **arguments: object) -> str:
+        asked.update(arguments, repository=repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("model.processing.snapshot_download", download)
+    folder = _encoder_folder("someone/checkpoint", revision="v1", trust_remote_code=False)
+    assert folder == tmp_path / "sentence_encoder"
+    assert asked == {"repository": "someone/checkpoint", "revision": "v1", "allow_patterns": ["sentence_encoder/*"]}
