@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from model import IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor
 from model.training.recipe import DataSource, ModelSource, TrainRecipe
+from model.training.run import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -90,32 +92,46 @@ def new_model(part_folders: dict[str, Path], encoder_folder: Path) -> dict[str, 
     }
 
 
+def tiny_recipe(stage: int, root: Path, model: dict[str, Any], data: dict[str, Any], **fields: Any) -> TrainRecipe:
+    """Three steps of four samples."""
+    defaults = {
+        "name": f"tiny-{stage}",
+        "output_dir": str(root / f"stage{stage}"),
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "warmup": 0,
+        "scheduler": "constant",
+        "precision": "fp32",
+        "log_every": 1,
+    }
+    return TrainRecipe(stage=stage, model=ModelSource(**model), data=DataSource(**data), **{**defaults, **fields})
+
+
 @pytest.fixture
 def make_recipe(new_model: dict[str, Any], data_file: Path, tmp_path: Path) -> Callable[..., TrainRecipe]:
-    """``make_recipe(stage, checkpoint=None, data={}, **fields of TrainRecipe)``: three steps of four samples."""
+    """``make_recipe(stage, checkpoint=None, data={}, **fields of TrainRecipe)``, into ``tmp_path/stageN``."""
 
     def make(stage: int = 1, checkpoint: str | None = None, data: dict[str, Any] | None = None, **fields: Any) -> TrainRecipe:
-        source = new_model if checkpoint is None else {"checkpoint": checkpoint}
-        defaults = {
-            "name": f"tiny-{stage}",
-            "output_dir": str(tmp_path / f"stage{stage}"),
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "max_steps": 3,
-            "learning_rate": 1e-2,
-            "warmup": 0,
-            "scheduler": "constant",
-            "precision": "fp32",
-            "log_every": 1,
-        }
-        return TrainRecipe(
-            stage=stage,
-            model=ModelSource(**source),
-            data=DataSource(path=str(data_file), **(data or {})),
-            **{**defaults, **fields},
-        )
+        model = new_model if checkpoint is None else {"checkpoint": checkpoint}
+        return tiny_recipe(stage, tmp_path, model, {"path": str(data_file), **(data or {})}, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stage1_checkpoint(new_model: dict[str, Any], data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of stage 1 saved."""
+    recipe = tiny_recipe(1, tmp_path_factory.mktemp("runs"), new_model, {"path": str(data_file)})
+    return Path(train(recipe)["checkpoint"])
+
+
+@pytest.fixture
+def stage1(stage1_checkpoint: Path, tmp_path: Path) -> str:
+    """A copy of it where ``make_recipe(1)`` would write."""
+    shutil.copytree(stage1_checkpoint, tmp_path / "stage1")
+    return str(tmp_path / "stage1")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,15 @@ from model.training.run import train
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def checkpoint(make_recipe):
-    return train(make_recipe(2, data={"instruction_policy": "first_turn"}))["checkpoint"]
+@pytest.fixture(scope="module")
+def checkpoint(stage1_checkpoint, tmp_path_factory):
+    """A checkpoint of stage 2."""
+    folder = tmp_path_factory.mktemp("cli") / "stage2"
+    shutil.copytree(stage1_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["fusion"]["stage"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 @pytest.fixture
@@ -100,9 +107,8 @@ def test_ask_answers_and_shows_the_weights(checkpoint, picture_folder, capsys):
     assert sum(float(line.split()[2]) for line in bars) == pytest.approx(1, abs=0.011)
 
 
-def test_ask_says_so_where_there_are_no_weights(make_recipe, picture_folder, capsys):
-    checkpoint = train(make_recipe(1))["checkpoint"]
-    assert main(["ask", checkpoint, str(picture_folder / "images" / "red.png"), "Which?", "--max_new_tokens=2"]) == 0
+def test_ask_says_so_where_there_are_no_weights(stage1, picture_folder, capsys):
+    assert main(["ask", stage1, str(picture_folder / "images" / "red.png"), "Which?", "--max_new_tokens=2"]) == 0
     assert "no weights to show" in capsys.readouterr().out
 
 

@@ -29,12 +29,6 @@ def changed_parts(before, after):
     }
 
 
-@pytest.fixture
-def stage1(make_recipe):
-    """The checkpoint of a stage-1 run."""
-    return train(make_recipe(1))["checkpoint"]
-
-
 @torch.no_grad()
 def logits(model, processor, recipe, tmp_path):
     """Logits of a batch with one image, two, and none."""
