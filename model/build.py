@@ -89,8 +89,11 @@ def build_model(
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model, **options)
     head = _plain_head(causal_lm)
     config = IgvaLlavaConfig(vision_config=tower.config, text_config=causal_lm.config, dtype=dtype, **settings)
-    for part in (tower, causal_lm):
+    for part, source in ((tower, vision_tower), (causal_lm, language_model)):
         _mark_initialized(part)
+        if Path(source).is_dir():
+            # A checkpoint names the hub repositories that it came from, but no folder of this machine.
+            part.config.name_or_path = ""
     model = IgvaLlavaForConditionalGeneration(config, vision_tower=tower, language_model=causal_lm.base_model)
     model.lm_head = head
     model.tie_weights()

@@ -18,7 +18,8 @@ the logic of the language model, not its sight. Presence is balanced between yes
 Three files are written beside ``images/``:
 
 * ``captions.json``: one record per training picture, the words for what is on it (stage 1, as LLaVA begins with captions),
-* ``train.json`` and ``test.json``: questions (stage 2 and the evaluation). Each record has its ``kind``.
+* ``train.json`` and ``test.json``: questions (stage 2 and the evaluation). The kind stands in
+  the field ``level`` of each record.
 
 No test picture repeats a training picture. The test compositions of sprites (thing, background colour, number) never occur
 in training, in any arrangement; easy-vqa comes with its own split; a digit whose pixels equal those of another is dropped.
@@ -126,9 +127,9 @@ def make_pictures(folder: str | Path, *, train: PictureCounts = TRAIN, test: Pic
         records: dict[str, list[Record]] = {"train": [], "test": []}
         for source in (_emoji, _shapes, _digits):
             found = source(temporary, train, test, random.Random(f"{seed}-{source.__name__}"))
-            captions += [record for record in found if record["kind"] == "caption" and record["split"] == "train"]
+            captions += [record for record in found if record["level"] == "caption" and record["split"] == "train"]
             for split, chosen in records.items():
-                chosen += [record for record in found if record["split"] == split and record["kind"] != "caption"]
+                chosen += [record for record in found if record["split"] == split and record["level"] != "caption"]
         chooser = random.Random(f"{seed}-questions")
         _write(temporary / "captions.json", captions)
         _write(temporary / "train.json", _keep(records["train"], train.questions, chooser))
@@ -152,7 +153,7 @@ def _keep(records: list[Record], wanted: dict[str, int], chooser: random.Random)
     """At most ``wanted[kind]`` records of each kind, in their order; presence half yes and half no."""
     kept: set[str] = set()
     for kind in KINDS:
-        of_kind = [record for record in records if record["kind"] == kind]
+        of_kind = [record for record in records if record["level"] == kind]
         chooser.shuffle(of_kind)
         number = wanted.get(kind, len(of_kind))
         if kind == "presence":
@@ -173,7 +174,7 @@ def _record(image: str, source: str, split: str, kind: str, question: str, answe
         "image": f"images/{image}",
         "source": source,
         "split": split,
-        "kind": kind,
+        "level": kind,
         "conversations": [
             {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer},
