@@ -124,6 +124,12 @@ def test_build_keeps_pretrained_weights(part_folders, tower):
     assert model.generation_config.suppress_tokens == list(range(261, 320))
 
 
+def test_a_checkpoint_names_no_folder_of_this_machine(part_folders, tmp_path):
+    build_model(part_folders["clip"], part_folders["llama"], fusion={"type": "llava"}).save_pretrained(tmp_path)
+    for file in tmp_path.iterdir():
+        assert str(part_folders["llama"].parent).encode() not in file.read_bytes(), file.name
+
+
 def test_a_built_model_attends_to_the_past_only(part_folders, make_batch):
     fusion = {"num_groups": 2, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1}
     model = build_model(part_folders["clip"], part_folders["llama"], fusion=fusion)
