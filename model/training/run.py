@@ -54,7 +54,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
             then.
     """
     start = time.perf_counter()
-    ranks = PartialState()
+    ranks = process_state()
     folders = RunFolders(recipe)
     if ranks.is_main_process:
         folders.check()
@@ -112,9 +112,15 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     return result
 
 
+def process_state() -> PartialState:
+    """This process among the ranks of the run."""
+    # Without the flag accelerate takes the ranks of a run on CPUs for so many runs of their own.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def say(message: RenderableType) -> None:
     """Tell the person at the terminal, once for all ranks."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         Console(stderr=True).print(message)
 
 
@@ -187,7 +193,8 @@ def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: Instr
 
 def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
     """The settings of a recipe in the words of transformers' Trainer."""
-    precision = choose_precision(recipe.precision, PartialState().device)
+    ranks = process_state()
+    precision = choose_precision(recipe.precision, ranks.device)
     say(f"arithmetic: {precision.precision} ({precision.reason})")
     max_steps = recipe.max_steps or -1
     if recipe.smoke:
@@ -198,7 +205,7 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArgu
         run_name=recipe.name,
         per_device_train_batch_size=recipe.micro_batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size or recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.accumulation_steps(PartialState().num_processes),
+        gradient_accumulation_steps=recipe.accumulation_steps(ranks.num_processes),
         num_train_epochs=recipe.epochs,
         max_steps=max_steps,
         learning_rate=recipe.learning_rate,
