@@ -19,9 +19,7 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-budgets", action="store_true", help="write the measured numbers to tests/aot/budgets.json"
-    )
+    parser.addoption("--update-budgets", action="store_true", help="write the measured numbers to tests/aot/budgets.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,9 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def machine_code() -> ModuleType:
     """``machine_code.py`` of this folder, which is on no import path."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.fail(
-            "TRITON_INTERPRET is set, so nothing can be compiled: run `pytest tests/aot` in a process of its own"
-        )
+        pytest.fail("TRITON_INTERPRET is set, so nothing can be compiled: run `pytest tests/aot` in a process of its own")
     spec = importlib.util.spec_from_file_location("machine_code", Path(__file__).with_name("machine_code.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -40,9 +40,7 @@ class Case:
     weights: bool = False
 
 
-def _backward(
-    kernels: Any, t: dict[str, Any], *, dw: bool, dh: bool, means: bool = True, weights: str = "weights"
-) -> None:
+def _backward(kernels: Any, t: dict[str, Any], *, dw: bool, dh: bool, means: bool = True, weights: str = "weights") -> None:
     states, saved = ([], t["means"]) if means or not dw else (t["states"], None)
     kernels.fuse_backward(
         t["grad"], states, saved, t[weights], PLAN.program, PREFIX, PREFIX + PATCHES, needs_weights=dw, needs_states=dh
@@ -106,9 +104,7 @@ CASES = {
     "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=SOURCES, writes=GROUPS),
     "cls summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "cls"), reads=GROUPS, writes=GROUPS),
     "patch summaries": Case(lambda k, t: _summaries(k, t, "mean_patch"), reads=SOURCES, writes=GROUPS),
-    "patch summaries, backward": Case(
-        lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=GROUPS, writes=GROUPS
-    ),
+    "patch summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=GROUPS, writes=GROUPS),
 }
 
 # What a 16-bit type reads or writes in float32, it does with two accesses of 128 bits.
@@ -125,9 +121,7 @@ MATRIX = [
 ]
 
 
-def tensors(
-    dtype: torch.dtype, width: int, batch: int = BATCH, patches: int = PATCHES, offset: int = 0
-) -> dict[str, Any]:
+def tensors(dtype: torch.dtype, width: int, batch: int = BATCH, patches: int = PATCHES, offset: int = 0) -> dict[str, Any]:
     """What the cases take: address space only, as nothing is ever written to it. ``offset`` misaligns the states."""
     tokens = PREFIX + patches
     return {

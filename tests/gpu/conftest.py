@@ -58,9 +58,7 @@ def make_states() -> Callable[..., list[Tensor | None]]:
             if layer not in tower.plan.sources:
                 states.append(None)
                 continue
-            state = torch.randn(batch, tower.num_prefix_tokens + tower.num_patches, tower.width, device="cuda").to(
-                dtype
-            )
+            state = torch.randn(batch, tower.num_prefix_tokens + tower.num_patches, tower.width, device="cuda").to(dtype)
             if not finite_prefix:
                 state[:, : tower.num_prefix_tokens] = float("nan")
             states.append(state)

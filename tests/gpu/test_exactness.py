@@ -63,10 +63,7 @@ def weights_bound(tower, states, grad_out: Tensor, sharing: str, trainable_tower
     grad_slot = grad_out[..., slot * tower.width : (slot + 1) * tower.width].double()
     summed = {"all": (0, 1, 2), "image": (1, 2), "token": (2,)}[sharing]
     norms = [
-        (grad_slot * sum(states[layer][:, prefix:].double() for layer in group) / len(group))
-        .square()
-        .sum(summed)
-        .sqrt()
+        (grad_slot * sum(states[layer][:, prefix:].double() for layer in group) / len(group)).square().sum(summed).sqrt()
         for group in plan.groups
     ]
     accumulation = torch.finfo(torch.float64 if grad_out.dtype == torch.float64 else torch.float32).eps
@@ -77,9 +74,7 @@ def weights_bound(tower, states, grad_out: Tensor, sharing: str, trainable_tower
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharing", ["all", "image", "token"])
 @pytest.mark.parametrize("trainable_tower", [False, True])
-def test_every_gradient(
-    tower, dtype, sharing, trainable_tower, make_states, make_weights, formula, assert_as_exact_as
-) -> None:
+def test_every_gradient(tower, dtype, sharing, trainable_tower, make_states, make_weights, formula, assert_as_exact_as) -> None:
     states, weights = make_states(tower, 2, dtype, finite_prefix=True), make_weights(tower, 2, sharing)
     plan, prefix = tower.plan, tower.num_prefix_tokens
     grad_out = torch.randn(2, tower.num_patches, plan.num_slots * tower.width, device="cuda").to(dtype)
@@ -91,7 +86,8 @@ def test_every_gradient(
             leaves += [inputs[layer].requires_grad_() for layer in plan.sources]
         return list(torch.autograd.grad(function(inputs, leaves[0]), leaves, grad_out.to(dtype_of_states)))
 
-    actual = gradients(lambda s, w: fuse(s, plan, w, num_prefix_tokens=prefix, impl="triton"), dtype, weights.dtype)
+    accumulation = torch.promote_types(dtype, torch.float32)  # dL/dw arrives in the dtype of the weights
+    actual = gradients(lambda s, w: fuse(s, plan, w, num_prefix_tokens=prefix, impl="triton"), dtype, accumulation)
     same = gradients(lambda s, w: formula(s, plan, w, prefix), dtype, dtype)
     exact = gradients(lambda s, w: formula(s, plan, w, prefix), torch.float64, torch.float64)
 
@@ -99,9 +95,7 @@ def test_every_gradient(
         (actual[0].double() - exact[0]).abs(),
         weights_bound(tower, states, grad_out, sharing, trainable_tower),
     )
-    assert (error <= (same[0].double() - exact[0]).abs() + bound).all(), (
-        f"dw: off by {(error / bound).max():.1f} bounds"
-    )
+    assert (error <= (same[0].double() - exact[0]).abs() + bound).all(), f"dw: off by {(error / bound).max():.1f} bounds"
     for layer, got, own, want in zip(plan.sources, actual[1:], same[1:], exact[1:], strict=trainable_tower):
         assert_as_exact_as(got, own, want, slack=SLACK[dtype], what=f"dh of layer {layer}")
         assert (got[:, :prefix] == 0).all(), f"layer {layer}: a prefix row has a gradient"

@@ -67,9 +67,7 @@ def test_gradients_of_the_summaries(kernels, weighted_plan, summary, dtype, asse
     program = weighted_plan.summary_program
     grad = torch.randn(2, weighted_plan.num_groups, 40).to(dtype)
     grads = kernels.summaries_backward(grad, program, 2, 9, summary)
-    columns = [
-        program.groups.index(tuple(weighted_plan.summary_sources.index(i) for i in g)) for g in weighted_plan.groups
-    ]
+    columns = [program.groups.index(tuple(weighted_plan.summary_sources.index(i) for i in g)) for g in weighted_plan.groups]
     rows = slice(0, 1) if summary == "cls" else slice(2, None)
     for actual, (_, groups) in zip(grads, program.gradient_classes, strict=True):
         exact = torch.zeros(2, 9, 40, dtype=torch.float64)

@@ -90,9 +90,7 @@ def test_gradients_of_every_weighted_plan(
             assert_as_exact_as(grad, same, exact, slack=2, what=f"dh of source {position}")
 
 
-def test_gradients_of_the_states_alone(
-    kernels, plan, make_states, make_weights, formula_gradients, assert_as_exact_as
-) -> None:
+def test_gradients_of_the_states_alone(kernels, plan, make_states, make_weights, formula_gradients, assert_as_exact_as) -> None:
     """A trainable tower with frozen weights, or a plan without any: neither states nor means are needed."""
     states, weights = make_states(plan, prefix=3), make_weights(plan, "image")
     grad_out = torch.randn(2, 5, plan.num_slots * 40)
@@ -150,9 +148,7 @@ def test_states_with_different_batch_strides(kernels, make_states, make_weights,
     exact = formula(states, IGVA, weights, 1)
     torch.testing.assert_close(out, exact)
     grad_out = torch.randn_like(out)
-    from_states, _ = kernels.fuse_backward(
-        grad_out, read_by(IGVA, states), None, weights, IGVA.program, 1, 6, True, False
-    )
+    from_states, _ = kernels.fuse_backward(grad_out, read_by(IGVA, states), None, weights, IGVA.program, 1, 6, True, False)
     from_means, _ = kernels.fuse_backward(grad_out, [], means, weights, IGVA.program, 1, 6, True, False)
     torch.testing.assert_close(from_states, from_means)
 

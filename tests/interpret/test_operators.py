@@ -77,8 +77,6 @@ def test_gradients_through_the_summaries(summary, make_states) -> None:
     def gradients(impl: str) -> tuple[Tensor, ...]:
         summaries = group_summaries(states, PLAN, num_prefix_tokens=1, summary=summary, impl=impl)
         weights = summaries.mean(-1).softmax(-1)
-        return torch.autograd.grad(
-            fuse(states, PLAN, weights, num_prefix_tokens=1, impl=impl).square().sum(), states[1:]
-        )
+        return torch.autograd.grad(fuse(states, PLAN, weights, num_prefix_tokens=1, impl=impl).square().sum(), states[1:])
 
     torch.testing.assert_close(gradients("triton"), gradients("reference"), rtol=1e-12, atol=1e-12)

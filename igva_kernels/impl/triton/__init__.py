@@ -234,9 +234,7 @@ def _grads_of_plain_means(
     return list(grad_states)
 
 
-def _empty_states(
-    like: Tensor, program: MixProgram, shape: tuple[int, int, int], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+def _empty_states(like: Tensor, program: MixProgram, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """One tensor a gradient class. Not views of one buffer: each may be freed as soon as its layer has used it."""
     return tuple(like.new_empty(shape, dtype=dtype) for _ in program.gradient_classes)
 

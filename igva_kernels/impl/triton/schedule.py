@@ -48,8 +48,7 @@ class Schedule(NamedTuple):
 def mix_schedule(program: MixProgram) -> Schedule:
     """The program as it stands: what ``fuse`` runs."""
     terms = tuple(
-        tuple((term.group, term.column) for term in slot.terms) if isinstance(slot, MixSlot) else ()
-        for slot in program.slots
+        tuple((term.group, term.column) for term in slot.terms) if isinstance(slot, MixSlot) else () for slot in program.slots
     )
     copied = [slot.source if isinstance(slot, CopySlot) else None for slot in program.slots]
     return _schedule(program, terms, copied)
