@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         parts = prepare_parts(folders.parts, arguments.parts, report=console.print)
         console.print("from the hub" if parts == HUB_PARTS else f"ready in {folders.parts}", asdict(parts))
     with clock.phase("pictures"):
-        counts = {"train": SMOKE_TRAIN, "test": SMOKE_TEST} if arguments.smoke else {"train": TRAIN, "test": TEST}
+        counts: dict[str, Any] = {"train": SMOKE_TRAIN, "test": SMOKE_TEST} if arguments.smoke else {"train": TRAIN, "test": TEST}
         make_pictures(folders.pictures, **counts)
         train_samples = read_llava_json(folders.pictures / "train.json")
         test_samples = read_llava_json(folders.pictures / "test.json")
@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
     with clock.phase("evaluation"):
         checkpoint = load_checkpoint(second["checkpoint"])
         model, processor = checkpoint.model, checkpoint.processor
-        options = {
+        options: dict[str, Any] = {
             "batch_size": EVALUATION_BATCH,
             "max_new_tokens": MAX_ANSWER_TOKENS,
             "aspect_ratio": checkpoint.aspect_ratio,

@@ -29,6 +29,8 @@ class IgvaTrainer(Trainer):
         **kwargs: those of ``transformers.Trainer``.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         *args: Any,
