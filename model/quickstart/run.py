@@ -128,8 +128,10 @@ def main(argv: Sequence[str]) -> int:
         parts = prepare_parts(folders.parts, arguments.parts, report=console.print)
         console.print("from the hub" if parts == HUB_PARTS else f"ready in {folders.parts}", asdict(parts))
     with clock.phase("pictures"):
-        counts: dict[str, Any] = {"train": SMOKE_TRAIN, "test": SMOKE_TEST} if arguments.smoke else {"train": TRAIN, "test": TEST}
-        make_pictures(folders.pictures, **counts)
+        if arguments.smoke:
+            make_pictures(folders.pictures, train=SMOKE_TRAIN, test=SMOKE_TEST)
+        else:
+            make_pictures(folders.pictures, train=TRAIN, test=TEST)
         train_samples = read_llava_json(folders.pictures / "train.json")
         test_samples = read_llava_json(folders.pictures / "test.json")
         console.print(f"{len(train_samples):,} questions to train on, {len(test_samples):,} held out, in {folders.pictures}")
