@@ -13,7 +13,7 @@ import model as _registration  # noqa: F401 (the Auto classes learn of the model
 from model.instruction import InstructionPolicy
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
-from model.training.folders import RUN_RECORDS, is_checkpoint
+from model.training.folders import RUN_RECORDS, require_checkpoint
 from model.training.recipe import DataSource
 
 
@@ -37,16 +37,11 @@ def load_checkpoint(name: str) -> Checkpoint:
         FileNotFoundError: there is no such folder.
         ValueError: the folder holds no model of this package.
     """
-    folder = Path(name)
-    if folder.exists() and not is_checkpoint(folder):
-        raise ValueError(f"{folder} holds no igva_llava checkpoint; give the output_dir of a finished training run")
-    # A hub name is "owner/name"; everything else that does not exist is a slip of the pen.
-    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no checkpoint at {folder}")
+    require_checkpoint(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
     if torch.cuda.is_available():
         model = model.cuda()
-    aspect_ratio, policy = _trained_with(folder)
+    aspect_ratio, policy = _trained_with(Path(name))
     return Checkpoint(model.eval(), AutoProcessor.from_pretrained(name), aspect_ratio, policy)
 
 

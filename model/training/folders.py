@@ -134,5 +134,23 @@ def is_checkpoint(folder: Path) -> bool:
     return json.loads(config.read_text(encoding="utf-8")).get("model_type") == IgvaLlavaConfig.model_type
 
 
+def require_checkpoint(name: str) -> None:
+    """Refuse a name that can be neither a checkpoint folder nor a hub name, before a library says it at length.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no model of this package.
+    """
+    folder = Path(name)
+    if folder.exists():
+        if not is_checkpoint(folder):
+            raise ValueError(
+                f"{folder} holds no {IgvaLlavaConfig.model_type} checkpoint; give the output_dir of a finished training run"
+            )
+    # A hub name is "owner/name" and nothing that a path begins with.
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no checkpoint at {folder}")
+
+
 def _holds_something(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(path.iterdir()))

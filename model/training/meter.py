@@ -35,20 +35,22 @@ class StepMeter:
         self._paused = 0.0
 
     @torch.no_grad()
-    def update(self, inputs: dict[str, Any], fusion_weights: Tensor | None, num_items: Tensor | int) -> None:
+    def update(self, inputs: dict[str, Any], fusion_weights: Tensor | None, num_items: Tensor | int | None) -> None:
         """Take in one forward pass.
 
         Args:
             inputs: the batch, with ``attention_mask`` and ``labels`` (B, T), and ``image_to_sample`` (I,) where it has
                 images.
             fusion_weights: (I, K), or None.
-            num_items: labels of the whole optimizer step, all ranks together.
+            num_items: labels of the whole optimizer step, all ranks together; None: of this batch.
         """
         num_samples = torch.tensor(len(inputs["labels"]), device=self._device)
         self._counts += torch.stack([inputs["attention_mask"].sum(), num_samples])
         if self._fusion is None or fusion_weights is None:
             return
         labels_per_sample = inputs["labels"][:, 1:].ne(IGNORE_INDEX).sum(1)
+        if num_items is None:
+            num_items = labels_per_sample.sum()
         image_to_sample = inputs["image_to_sample"]
         images_per_sample = torch.bincount(image_to_sample, minlength=len(labels_per_sample))
         # The share of an image in the loss's balance term: loss - weight * balance is then exactly the cross-entropy.

@@ -28,7 +28,7 @@ from model.instruction import InstructionCache, InstructionPolicy, SentenceEncod
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
 from model.training.callbacks import JsonlLog, StatusLine
-from model.training.folders import RunFolders
+from model.training.folders import RunFolders, require_checkpoint
 from model.training.freeze import apply_stage
 from model.training.lora import add_lora, has_lora, merge_lora, save_adapters
 from model.training.meter import peak_memory_gb
@@ -128,11 +128,14 @@ def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, 
     """The model in fp32 and its processor, from a checkpoint or from parts."""
     encoder = SentenceEncoder(source.sentence_encoder) if source.sentence_encoder else None
     if source.checkpoint is not None:
+        require_checkpoint(source.checkpoint)
         model = AutoModelForImageTextToText.from_pretrained(source.checkpoint, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(source.checkpoint)
         if encoder is not None:
             processor.sentence_encoder = encoder
     else:
+        if source.vision_tower is None or source.language_model is None:
+            raise ValueError("a new model needs model.vision_tower and model.language_model; or give model.checkpoint")
         fusion = dict(source.fusion or {"type": "igva"})
         if encoder is not None and fusion.get("type", "igva") == "igva":
             fusion.setdefault("text_dim", encoder.dimension)

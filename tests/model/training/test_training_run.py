@@ -247,6 +247,20 @@ def test_a_smoke_run_takes_ten_steps_at_most_and_its_own_folder(make_recipe, tmp
 # ---- parts and data --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"checkpoint": "./nowhere"}, "no checkpoint at nowhere"),
+        ({"checkpoint": "a/b/c"}, "no checkpoint at a/b/c"),
+        ({}, "needs model.vision_tower and model.language_model"),
+        ({"vision_tower": "tower"}, "needs model.vision_tower and model.language_model"),
+    ],
+)
+def test_a_source_without_a_model_is_refused(source, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_parts(ModelSource(**source))
+
+
 def test_the_allocator_takes_the_width_of_the_sentence_encoder(new_model):
     model, processor = load_parts(ModelSource(**new_model))
     assert model.config.fusion["text_dim"] == processor.sentence_encoder.dimension == 16
