@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.help:
         parser.print_help()
         print(f"\nrecipes that are shipped: {', '.join(shipped_recipes())}\n")
-        recipe_parser().print_help()
+        recipe_parser(with_help=True).print_help()
         return 0
     if arguments.recipe is None:
         parser.error(f"no recipe given; give a YAML file or one of {', '.join(shipped_recipes())}")

@@ -270,12 +270,18 @@ def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def recipe_parser(prog: str = "igva train RECIPE") -> ArgumentParser:
-    """The parser that reads a recipe file (``--recipe``) and one ``--key=value`` for each field."""
+def recipe_parser(prog: str = "igva train RECIPE", with_help: bool = False) -> ArgumentParser:
+    """The parser that reads a recipe file (``--recipe``) and one ``--key=value`` for each field.
+
+    Args:
+        prog: name in the usage line.
+        with_help: read the documentation of the fields for ``print_help``; needs docstring-parser.
+    """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    # The documentation of a field is the string below it: one source for help and code.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if with_help:
+        # The documentation of a field is the string below it: one source for help and code.
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--key=value ...]",

@@ -46,7 +46,7 @@ def test_the_tiny_recipes_run(new_model, data_file, tmp_path):
 
 
 def test_every_field_is_documented():
-    parser = recipe_parser()
+    parser = recipe_parser(with_help=True)
     undocumented = [action.dest for action in parser._actions if not action.help]
     fields = [action.dest for action in parser._actions if "." in action.dest or action.dest in TrainRecipe.__annotations__]
     assert not undocumented
