@@ -3,8 +3,8 @@
 The adapters go into the model itself: it stays an ``IgvaLlavaForConditionalGeneration``, and its forward, its loss
 arguments and its generation are the same with and without them. A folder of adapters holds
 
-    adapter_config.json, adapter_model.safetensors     what peft writes projector_and_allocator.safetensors
-    the other trained parts: without them adapters are half a checkpoint
+    adapter_config.json, adapter_model.safetensors     what peft writes
+    projector_and_allocator.safetensors                the other trained parts: without them it is half a checkpoint
 """
 
 from __future__ import annotations

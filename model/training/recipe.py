@@ -124,7 +124,7 @@ class TrainRecipe:
     """Weight of the balance term, the mean negative entropy of the group weights, in stage 2: it keeps all groups in
     use."""
     legacy_double_softmax: bool = False
-    """Apply a second softmax in the balance term as the released IGVA code does; its effect is then some 19 times
+    """Apply a second softmax in the balance term as the released IGVA code does; its effect is then 16 to 19 times
     weaker."""
     batch_size: int = 128
     """Samples between two steps of the optimizer, over all devices."""

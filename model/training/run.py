@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console, RenderableType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
@@ -197,7 +198,8 @@ def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: Instr
 def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
     """The settings of a recipe in the words of transformers' Trainer."""
     ranks = process_state()
-    precision = choose_precision(recipe.precision, ranks.device)
+    # One rank's timing counts for all: close to a tie each might come to a choice of its own.
+    (precision,) = broadcast_object_list([choose_precision(recipe.precision, ranks.device)])
     say(f"arithmetic: {precision.precision} ({precision.reason})")
     max_steps = recipe.max_steps or -1
     if recipe.smoke:
