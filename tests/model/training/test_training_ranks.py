@@ -20,7 +20,7 @@ def losses(recipe, folder, *launcher):
     folder.mkdir()
     file.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
     command = [sys.executable, *launcher, "-m", "model", "train", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)  # a hang guard
     assert done.returncode == 0, done.stderr[-2000:]
     log = (folder / "out" / "training" / "log.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, log) if "loss" in entry]
