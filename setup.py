@@ -23,7 +23,7 @@ setup(
     extras_require={
         # CUDA builds of torch bring their own triton; a CPU user needs none.
         "triton": TRITON,
-        "model": ["transformers>=5.10,<6", "pillow", "safetensors", "jsonargparse>=4.40", "rich>=13", "pyyaml"],
+        "model": ["transformers>=5.10,<6", "pillow", "safetensors", "jsonargparse[signatures]>=4.49", "rich>=13", "pyyaml"],
         "train": ["igva-kernels[model]", *TRAIN],
         "quickstart": ["igva-kernels[train]", *QUICKSTART],
         "deepspeed": ["deepspeed>=0.17"],
