@@ -1,8 +1,8 @@
 """Warm start on cached features: the projector learns to speak the language model's words before the language model is run.
 
-A projector that begins from nothing spends most of a short training on finding the space of the word embeddings: in a trial with
-three plain layers in place of IGVA and 240 steps of LoRA, 56 % of the held-out questions were answered right without this
-stage and 86 % with it.
+A projector that begins from nothing spends most of a short training on finding the space of the word embeddings: in a trial
+with three plain layers in place of IGVA and 240 steps of LoRA, 56 % of the held-out questions were answered right without
+this stage and 86 % with it.
 
 The pictures run once through the tower and the plain average of stage 1, and the fused, pooled tokens are kept: this is the
 only stage that does not run tower and fusion live. The projector then maps the N' tokens of a picture to vectors whose
