@@ -1,7 +1,7 @@
 """Plain torch at copy bandwidth: what runs on a CPU, and anywhere that the Triton kernels cannot run.
 
 One pass over the hidden states, in tiles small enough that the accumulators stay in the cache while the states stream
-through; everything is in place, so that nothing of the size of the inputs is made beside the outputs. Sums run in float32
+through; everything is in place, so that a few tiles are all that is made beside the outputs. Sums run in float32
 (float64 for float64) in the order of the layers and are rounded once.
 """
 
@@ -59,9 +59,11 @@ def fuse_forward(
                 accumulator.mul_(1.0 / len(group))
             if save_means and g < program.num_weighted_groups:
                 means[g][tile].copy_(accumulator)
-            for s, column in uses[g]:
-                term = accumulator if column == PLAIN else accumulator * _factor(factors, column, tile)
-                sums[s] = sums[s].add_(term) if s in sums else (term if column != PLAIN else term.clone())
+            for position, (s, column) in enumerate(uses[g], start=1):
+                term = accumulator if position == len(uses[g]) else accumulator.clone()  # its last use may overwrite it
+                if column != PLAIN:
+                    term.mul_(_factor(factors, column, tile))
+                sums[s] = sums[s].add_(term) if s in sums else term
         for s, total in sums.items():
             slots[s][tile].copy_(total)
         for source, targets in copies.items():
