@@ -21,9 +21,12 @@ ACCESS_BYTES = 16
 """The widest load of one thread. The mix is bound by memory, and narrower accesses cost bandwidth."""
 
 THREADS = 128
-"""Threads of a program. With one 128-bit access a thread and source, 96 to 110 registers leave 4 programs on an SM of
-sm_90, each with a dozen loads in flight: over 90 KB, where 20 KB would hide the latency of memory. More threads a
-program only make the last wave of programs coarser."""
+"""Threads of a program. The forward of IGVA takes 102 registers on sm_90 (tests/aot/budgets.json): 4 programs fit an
+SM, and a dozen loads of 16 bytes in flight in each of their threads are 96 KB, where 20 KB hide the latency of memory.
+Larger programs gain nothing and make the last wave coarser."""
+
+MAX_THREADS = 1024
+"""Threads of a program at most; CUDA and ROCm allow no more."""
 
 WARP = 64 if torch.version.hip else 32
 """Threads of a warp. Twice the warps on AMD would halve the elements of a thread, and so the width of its accesses."""
@@ -57,10 +60,15 @@ def elements_per_access(dtype: torch.dtype) -> int:
     return ACCESS_BYTES // dtype.itemsize
 
 
+def warps_of(threads: int) -> int:
+    """The warps that these threads make, at least one."""
+    return max(1, threads // WARP)
+
+
 def flat_tile(dtype: torch.dtype, width: int) -> Tile:
     """A tile of consecutive elements that knows nothing of rows: no lane is idle, whatever D is."""
     vec = elements_per_access(dtype)
-    return Tile(size=vec * THREADS, block=vec * THREADS, vec=vec, num_warps=THREADS // WARP, width=width)
+    return Tile(size=vec * THREADS, block=vec * THREADS, vec=vec, num_warps=warps_of(THREADS), width=width)
 
 
 def narrow_tile(dtype: torch.dtype, width: int) -> Tile:
@@ -73,7 +81,7 @@ def row_tile(dtype: torch.dtype, width: int) -> Tile:
     """A tile of one row, for weights per token. A D that is no power of two leaves lanes idle."""
     vec = elements_per_access(dtype)
     block = max(triton.next_power_of_2(width), vec * WARP)
-    return Tile(size=width, block=block, vec=vec, num_warps=min(block // (vec * WARP), 1024 // WARP), width=width)
+    return Tile(size=width, block=block, vec=vec, num_warps=warps_of(min(block // vec, MAX_THREADS)), width=width)
 
 
 def mix_tile(dtype: torch.dtype, width: int, weights: Tensor | None) -> Tile:
@@ -110,9 +118,11 @@ class Streams(NamedTuple):
         if states[0].shape[0] == 1:  # nothing steps over the batch, and torch may report any stride
             return cls(tuple(states), (0,), (0,) * len(states))
         vec = elements_per_access(states[0].dtype)
-        strides = [state.stride(0) // vec for state in states]
-        distinct = tuple(dict.fromkeys(strides))
-        return cls(tuple(states), distinct, tuple(map(distinct.index, strides)))
+        strides = [state.stride(0) for state in states]
+        if strides.count(strides[0]) == len(strides):
+            return cls(tuple(states), (strides[0] // vec,), (0,) * len(states))
+        distinct = list(dict.fromkeys(strides))
+        return cls(tuple(states), tuple(stride // vec for stride in distinct), tuple(map(distinct.index, strides)))
 
 
 def stride_over(tensor: Tensor, dim: int) -> int:

@@ -61,10 +61,11 @@ def mix_backward_kernel(
     unit = row_offsets // VEC - SKIPPED_ROWS * (D // VEC)  # [BLOCK] the same in units of VEC, for the mask
     exists = row_exists & (unit >= 0) & (unit < num_patches * (D // VEC))  # [BLOCK]
 
-    # S x [BLOCK] Zero outside the patches, and so is all that follows from it.
-    row = offsets // D
+    # A row stride of its own: a slice of a larger gradient needs no copy, and a stride of 0 gives all rows the same
+    # gradient.
+    row = offsets // D  # [BLOCK]
     grad_offsets = row * (grad_strides[2] * VEC) + (offsets - row * D)  # [BLOCK]
-    grad_slots = ()
+    grad_slots = ()  # S x [BLOCK] zero outside the patches, and so is all that follows from it
     for slot in tl.static_range(S):
         grad_slot = tl.zeros((BLOCK,), dtype=ACC)
         if grad_states is not None or len(SCHEDULE.terms[slot]) > 0:
@@ -72,6 +73,7 @@ def mix_backward_kernel(
             grad_slot = tl.load(base + grad_offsets, mask=exists, other=0.0).to(ACC)
         grad_slots = grad_slots + (grad_slot,)
 
+    # dL/dw
     if partials is not None:
         group_means = ()  # NUM_WEIGHTED x [BLOCK], or G x [BLOCK] from the states
         if means is not None:
@@ -79,7 +81,7 @@ def mix_backward_kernel(
                 mean = means + (group * tl.num_programs(1) + image) * num_patches * D
                 group_means = group_means + (tl.load(mean + offsets, mask=exists, other=0.0).to(ACC),)
         else:
-            sums = zero_tiles(G, BLOCK, ACC)
+            sums = zero_tiles(G, (BLOCK,), ACC)
             for source in tl.static_range(len(SCHEDULE.members)):
                 if len(SCHEDULE.members[source]) > 0:
                     state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D
@@ -91,13 +93,14 @@ def mix_backward_kernel(
             product = grad_slots[SCHEDULE.columns[column][0]] * group_means[SCHEDULE.columns[column][1]]  # [BLOCK]
             tl.store(partial + column, tl.sum(product, axis=0))
 
+    # dL/dh
     if grad_states is not None:
         weight = ()  # K x scalar
         if weights is not None:
             weight = load_weights(weights, image, tl.program_id(0) - SKIPPED_ROWS, num_patches, K, SHARING, ACC)
         shares = ()  # G x [BLOCK] the gradient of each member of the group
         for group in tl.static_range(G):
-            grad_mean = tl.zeros((BLOCK,), dtype=ACC)
+            grad_mean = tl.zeros((BLOCK,), dtype=ACC)  # [BLOCK]
             for i in tl.static_range(len(SCHEDULE.uses[group])):
                 term = grad_slots[SCHEDULE.uses[group][i][0]]
                 if SCHEDULE.uses[group][i][1] >= 0:

@@ -54,7 +54,7 @@ def mix_forward_kernel(
 
     # A stride in units of VEC makes the row address a multiple of VEC by construction, and every load 128 bits wide. No
     # load waits for another: ptxas keeps a dozen in flight.
-    sums = zero_tiles(len(SCHEDULE.sizes), BLOCK, ACC)  # G x [BLOCK]
+    sums = zero_tiles(len(SCHEDULE.sizes), (BLOCK,), ACC)  # G x [BLOCK]
     for source in tl.static_range(len(SCHEDULE.members)):
         if len(SCHEDULE.copies[source]) + len(SCHEDULE.members[source]) > 0:
             state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D

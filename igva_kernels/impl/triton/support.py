@@ -13,8 +13,9 @@ from igva_kernels.plan import MixProgram
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-MAX_IMAGE_ELEMENTS = 2**31
-"""Offsets inside one image are int32; those between images are int64."""
+MAX_IMAGE_ELEMENTS = 2**30
+"""Offsets inside one image are int32, those between images int64. Half of the range, so that the last tile, which may
+run past the end of the image, does not run past that of int32."""
 
 MAX_BATCH = 2**16 - 1
 """Images are the second dimension of the grid, and CUDA has no more blocks there."""

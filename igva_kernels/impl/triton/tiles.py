@@ -20,7 +20,7 @@ def tile_offsets(num_rows, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.conste
     single elements, unless ``num_rows * D`` happens to be known as a multiple of 16.
     """
     lane = tl.arange(0, BLOCK)  # [BLOCK]
-    offsets = tl.program_id(0) * TILE + lane  # [BLOCK] int32: support.py keeps one image below 2**31 elements
+    offsets = tl.program_id(0) * TILE + lane  # [BLOCK] int32: support.py bounds the elements of an image
     exists = offsets // VEC < num_rows * (D // VEC)  # [BLOCK]
     if TILE < BLOCK:
         exists = exists & (lane // VEC < TILE // VEC)
@@ -43,11 +43,11 @@ def load_weights(weights, image, token, num_patches, K: tl.constexpr, SHARING: t
 
 
 @triton.jit
-def zero_tiles(COUNT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """COUNT accumulators, COUNT x [BLOCK]."""
+def zero_tiles(COUNT: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr):
+    """COUNT accumulators, COUNT x [SHAPE]."""
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((BLOCK,), dtype=ACC),)
+        tiles = tiles + (tl.zeros(SHAPE, dtype=ACC),)
     return tiles
 
 
