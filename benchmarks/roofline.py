@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from igva_kernels.plan import CopySlot, MixProgram
+from igva_kernels.program import CopySlot, MixProgram
 
 from .sizes import FuseCase
 

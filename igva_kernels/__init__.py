@@ -10,6 +10,7 @@ Importing this needs torch alone: neither triton nor a GPU nor transformers.
 
 from igva_kernels.functional import GroupMeans, fuse, group_summaries, mix, reduce_groups
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
+from igva_kernels.program import Norm
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "GroupMeans",
     "Layer",
     "Mean",
+    "Norm",
     "Weighted",
     "fuse",
     "group_summaries",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from igva_kernels import ops
-from igva_kernels.plan import FusionPlan, MixProgram
+from igva_kernels.plan import FusionPlan
+from igva_kernels.program import MixProgram
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
 Summary = Literal["cls", "mean_patch"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.plan import MixProgram, decode_program
+from igva_kernels.program import MixProgram, decode_program
 
 MODULES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 """Name of an implementation, as users write it, and its module in :mod:`igva_kernels.impl`."""

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
 from typing import Literal
+
+from igva_kernels.program import PLAIN, CopySlot, MixProgram, MixSlot, Norm, Term
 
 SlotOrder = Literal["fused_first", "base_first"]
 
@@ -38,23 +39,32 @@ class Mean:
 
     Args:
         layers: hidden states to average, each once, ``0 .. L`` or negative.
+        norm: applied to each of them before they are averaged; None for the states as they are.
     """
 
     layers: tuple[int, ...]
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A slot that holds ``sum_k w_k * mean(group k)`` with weights given at run time.
+    """A slot that holds ``sum_k w_k * mean(group k)`` with weights given at run time, and one layer beside them if wanted.
 
     Args:
         groups: K groups of hidden states. Several weighted slots of one plan take consecutive columns of the weights.
+        plus: a hidden state that is added with the constant weight 1, as it is; None for none.
+        norm: applied to each hidden state of the groups before they are averaged; None for the states as they are.
     """
 
     groups: tuple[tuple[int, ...], ...]
+    plus: int | None = None
+    norm: Norm | None = None
 
 
 Slot = Layer | Mean | Weighted
+
+Group = tuple[tuple[int, ...], Norm | None]
+"""Layers that are averaged, and the norm of each."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class FusionPlan:
             raise ValueError("slots is empty: a plan needs at least one of Layer, Mean, Weighted")
         slots = tuple(self._resolve_slot(position, slot) for position, slot in enumerate(slots))
         groups = tuple(group for slot in slots if isinstance(slot, Weighted) for group in slot.groups)
-        sources = tuple(sorted({layer for slot in slots for group in _layers_of(slot) for layer in group}))
+        sources = tuple(sorted({layer for slot in slots for layer in _layers_of(slot)}))
         summary_sources = tuple(sorted({layer for group in groups for layer in group}))
         program = _compile(slots, sources)
         derived = {
@@ -120,13 +130,15 @@ class FusionPlan:
         if isinstance(slot, Layer):
             return Layer(resolve_layer(slot.index, self.num_layers, where))
         if isinstance(slot, Mean):
-            return Mean(resolve_group(slot.layers, self.num_layers, where))
+            return Mean(resolve_group(slot.layers, self.num_layers, where), _checked_norm(slot.norm, where))
         if isinstance(slot, Weighted):
             groups = tuple(slot.groups)
             if not groups:
                 raise ValueError(f"{where}: Weighted needs at least one group, got none")
             return Weighted(
-                tuple(resolve_group(group, self.num_layers, f"{where}, group {k}") for k, group in enumerate(groups))
+                tuple(resolve_group(group, self.num_layers, f"{where}, group {k}") for k, group in enumerate(groups)),
+                None if slot.plus is None else resolve_layer(slot.plus, self.num_layers, f"{where}, plus"),
+                _checked_norm(slot.norm, where),
             )
         raise TypeError(f"{where} must be a Layer, Mean or Weighted, got {slot!r}")
 
@@ -263,149 +275,25 @@ def _ordered(fused: Slot, base: Layer, order: SlotOrder) -> tuple[Slot, ...]:
     raise ValueError(f"order must be 'fused_first' (the paper) or 'base_first' (the released code), got {order!r}")
 
 
-def _layers_of(slot: Slot) -> tuple[tuple[int, ...], ...]:
+def _checked_norm(norm: Norm | None, where: str) -> Norm | None:
+    if norm is not None and not isinstance(norm, Norm):
+        raise TypeError(f'{where}: norm must be a Norm or None, got {norm!r}; write Norm("rms") or Norm("layer", eps=1e-5)')
+    return norm
+
+
+def _layers_of(slot: Slot) -> tuple[int, ...]:
     if isinstance(slot, Layer):
-        return ((slot.index,),)
-    return (slot.layers,) if isinstance(slot, Mean) else slot.groups
-
-
-# ---- the form that the implementations execute --------------------------------------------------------------------------
-
-PLAIN = -1
-"""Weight column of a term that has the constant weight 1."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One group mean in a slot.
-
-    Args:
-        group: index into :attr:`MixProgram.groups`.
-        column: column of the weights, or :data:`PLAIN` for the constant 1.
-    """
-
-    group: int
-    column: int
-
-
-@dataclass(frozen=True)
-class CopySlot:
-    """A slot that copies one source."""
-
-    source: int
-
-
-@dataclass(frozen=True)
-class MixSlot:
-    """A slot that sums weighted group means, in this order."""
-
-    terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True)
-class MixProgram:
-    """A plan over the tensors that are really passed: what the kernels unroll.
-
-    Args:
-        num_sources: how many states are passed.
-        groups: the distinct groups, as ascending positions among the sources; those that carry a weight come first.
-        slots: one per output slot.
-        num_weights: K, the columns of the weights.
-        num_weighted_groups: how many of ``groups`` carry a weight; their means are all that dL/dw needs.
-    """
-
-    num_sources: int
-    groups: tuple[tuple[int, ...], ...]
-    slots: tuple[CopySlot | MixSlot, ...]
-    num_weights: int
-    num_weighted_groups: int
-    _encoded: tuple[int, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        flat = [self.num_sources, self.num_weights, self.num_weighted_groups, len(self.groups)]
-        for group in self.groups:
-            flat += [len(group), *group]
-        for slot in self.slots:
-            if isinstance(slot, CopySlot):
-                flat += [0, slot.source]
-            else:
-                flat += [len(slot.terms), *(value for term in slot.terms for value in (term.group, term.column))]
-        object.__setattr__(self, "_encoded", tuple(flat))
-
-    @cached_property
-    def gradient_classes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """The distinct ``(copy slots, groups)`` to which sources belong, in order of the first source.
-
-        All sources of a class have the same gradient, so it is computed once: five tensors for IGVA's 24 layers.
-        """
-        return tuple(dict.fromkeys(self._membership))
-
-    @cached_property
-    def class_of_source(self) -> tuple[int, ...]:
-        """For each source the index of its gradient class."""
-        position = {key: index for index, key in enumerate(self.gradient_classes)}
-        return tuple(position[key] for key in self._membership)
-
-    @cached_property
-    def _membership(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        return tuple(
-            (
-                tuple(s for s, slot in enumerate(self.slots) if isinstance(slot, CopySlot) and slot.source == source),
-                tuple(g for g, group in enumerate(self.groups) if source in group),
-            )
-            for source in range(self.num_sources)
-        )
-
-    def encode(self) -> list[int]:
-        """The program as the ``int[]`` of the operator's schema; :func:`decode_program` is its inverse."""
-        return list(self._encoded)
-
-    def over_means(self) -> MixProgram:
-        """The same mix over finished group means: sources are the G means, then the distinct copied sources.
-
-        ``mix`` runs it on the result of ``reduce_groups``: every group is then one map.
-        """
-        copied = self.copied_sources
-        return MixProgram(
-            num_sources=len(self.groups) + len(copied),
-            groups=tuple((g,) for g in range(len(self.groups))),
-            slots=tuple(
-                CopySlot(len(self.groups) + copied.index(slot.source)) if isinstance(slot, CopySlot) else slot
-                for slot in self.slots
-            ),
-            num_weights=self.num_weights,
-            num_weighted_groups=self.num_weighted_groups,
-        )
-
-    @cached_property
-    def copied_sources(self) -> tuple[int, ...]:
-        """The distinct sources that a copy slot names, ascending."""
-        return tuple(sorted({slot.source for slot in self.slots if isinstance(slot, CopySlot)}))
-
-
-@lru_cache(maxsize=1024)
-def _decode(flat: tuple[int, ...]) -> MixProgram:
-    values = iter(flat)
-    num_sources, num_weights, num_weighted_groups, num_groups = (next(values) for _ in range(4))
-    groups = tuple(tuple(next(values) for _ in range(next(values))) for _ in range(num_groups))
-    slots: list[CopySlot | MixSlot] = []
-    for count in values:
-        if count == 0:
-            slots.append(CopySlot(next(values)))
-        else:
-            slots.append(MixSlot(tuple(Term(next(values), next(values)) for _ in range(count))))
-    return MixProgram(num_sources, groups, tuple(slots), num_weights, num_weighted_groups)
-
-
-def decode_program(flat: Sequence[int]) -> MixProgram:
-    """The program behind an operator's ``int[]`` (cached: the same object for the same ints)."""
-    return _decode(tuple(flat))
+        return (slot.index,)
+    if isinstance(slot, Mean):
+        return slot.layers
+    return (*(layer for group in slot.groups for layer in group), *(() if slot.plus is None else (slot.plus,)))
 
 
 def _compile(slots: tuple[Slot, ...], sources: tuple[int, ...]) -> MixProgram:
     position = {layer: index for index, layer in enumerate(sources)}
-    weighted = [group for slot in slots if isinstance(slot, Weighted) for group in slot.groups]
-    plain = [slot.layers for slot in slots if isinstance(slot, Mean)]
+    weighted: list[Group] = [(group, slot.norm) for slot in slots if isinstance(slot, Weighted) for group in slot.groups]
+    plain: list[Group] = [(slot.layers, slot.norm) for slot in slots if isinstance(slot, Mean)]
+    plain += [((slot.plus,), None) for slot in slots if isinstance(slot, Weighted) and slot.plus is not None]
     distinct = list(dict.fromkeys(weighted + plain))
     compiled: list[CopySlot | MixSlot] = []
     column = 0
@@ -413,14 +301,18 @@ def _compile(slots: tuple[Slot, ...], sources: tuple[int, ...]) -> MixProgram:
         if isinstance(slot, Layer):
             compiled.append(CopySlot(position[slot.index]))
         elif isinstance(slot, Mean):
-            compiled.append(MixSlot((Term(distinct.index(slot.layers), PLAIN),)))
+            compiled.append(MixSlot((Term(distinct.index((slot.layers, slot.norm)), PLAIN),)))
         else:
-            compiled.append(MixSlot(tuple(Term(distinct.index(group), column + k) for k, group in enumerate(slot.groups))))
+            terms = [Term(distinct.index((group, slot.norm)), column + k) for k, group in enumerate(slot.groups)]
+            if slot.plus is not None:
+                terms.append(Term(distinct.index(((slot.plus,), None)), PLAIN))
+            compiled.append(MixSlot(tuple(terms)))
             column += len(slot.groups)
     return MixProgram(
         num_sources=len(sources),
-        groups=tuple(tuple(position[layer] for layer in group) for group in distinct),
+        groups=tuple(tuple(position[layer] for layer in layers) for layers, _ in distinct),
         slots=tuple(compiled),
         num_weights=column,
         num_weighted_groups=len(set(weighted)),
+        norms=tuple(norm for _, norm in distinct),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.impl.reference import accumulation_dtype, summary_groups, weight_of_column
-from igva_kernels.plan import PLAIN, CopySlot, MixProgram
+from igva_kernels.program import PLAIN, CopySlot, MixProgram
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igva_kernels.plan import PLAIN, CopySlot, MixProgram
+from igva_kernels.program import PLAIN, CopySlot, MixProgram
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
 

@@ -3,7 +3,7 @@
 import pytest
 
 from igva_kernels import FusionPlan, Layer, Mean, Weighted
-from igva_kernels.plan import decode_program
+from igva_kernels.program import decode_program
 
 
 def test_igva_groups_the_blocks_and_leaves_out_the_embedding():

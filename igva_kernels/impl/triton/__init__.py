@@ -35,7 +35,7 @@ from igva_kernels.impl.triton.schedule import (
     summary_schedule,
 )
 from igva_kernels.impl.triton.support import MAX_IMAGE_ELEMENTS, check_supported
-from igva_kernels.plan import MixProgram
+from igva_kernels.program import MixProgram
 
 __all__ = [
     "check_supported",

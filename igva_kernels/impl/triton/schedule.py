@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from igva_kernels.plan import PLAIN, CopySlot, MixProgram, MixSlot
+from igva_kernels.program import PLAIN, CopySlot, MixProgram, MixSlot
 
 Terms = tuple[tuple[int, int], ...]
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from igva_kernels.impl.triton.launch import ACCESS_BYTES, elements_per_access, stride_over
-from igva_kernels.plan import MixProgram
+from igva_kernels.program import MixProgram
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
