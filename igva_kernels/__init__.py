@@ -8,7 +8,7 @@
 Importing this needs torch alone: neither triton nor a GPU nor transformers.
 """
 
-from igva_kernels.functional import GroupMeans, fuse, group_summaries, mix, reduce_groups
+from igva_kernels.functional import GroupMeans, SparseWeights, fuse, group_summaries, mix, reduce_groups
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
 from igva_kernels.program import Norm
 
@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "Mean",
     "Norm",
+    "SparseWeights",
     "Weighted",
     "fuse",
     "group_summaries",

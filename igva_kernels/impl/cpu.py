@@ -26,14 +26,26 @@ Tile = tuple[slice, slice]
 
 
 def check_supported(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    *,
+    indices: Tensor | None = None,
 ) -> str | None:
     """Plain torch runs everything: None."""
     return None
 
 
 def fuse_forward(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, save_means: bool
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
     patches, batch, num_patches, width = _patches(states, num_prefix_tokens)
@@ -73,7 +85,9 @@ def fuse_forward(
     return out, means
 
 
-def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> Tensor:
+def reduce_forward(
+    states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """The (G, B, N, D) means of all groups of the program."""
     patches, batch, num_patches, width = _patches(states, num_prefix_tokens)
     means = patches[0].new_empty(len(program.groups), batch, num_patches, width)
@@ -111,6 +125,8 @@ def fuse_backward(
     num_tokens: int,
     needs_weights: bool,
     needs_states: bool,
+    *,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The vector-Jacobian product of :func:`fuse_forward`: dL/dw and one dL/dh a gradient class.
 
@@ -140,7 +156,14 @@ def fuse_backward(
     return grad_weights, grad_states
 
 
-def reduce_backward(grad_means: Tensor, program: MixProgram, num_prefix_tokens: int, num_tokens: int) -> list[Tensor]:
+def reduce_backward(
+    grad_means: Tensor,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    num_tokens: int,
+    *,
+    states: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
     _, batch, _, width = grad_means.shape
     wide = accumulation_dtype(grad_means.dtype)

@@ -6,12 +6,13 @@ once at the end, and gets its gradients from autograd, so that there is no secon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from igva_kernels.program import PLAIN, CopySlot, MixProgram
+from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
 
@@ -22,7 +23,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_supported(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    *,
+    indices: Tensor | None = None,
 ) -> str | None:
     """The reference runs everything: None."""
     return None
@@ -35,10 +41,23 @@ def weight_of_column(weights: Tensor, column: int) -> Tensor:
 
 
 def fuse_forward(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, save_means: bool
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
-    dtype = states[0].dtype
+    """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for.
+
+    Args:
+        indices: (B, N, k), the columns to which the ``weights`` (B, N, k) belong; None where the weights are dense. A column
+            that a token does not name does not reach it, whatever it holds; an index that is no column is padding.
+        dtype: of both results; None for that of the states. Copied sources have it already, means may be wider.
+    """
+    dtype = states[0].dtype if dtype is None else dtype
     means = _group_means(states, program, num_prefix_tokens)
     slots = []
     for slot in program.slots:
@@ -48,8 +67,12 @@ def fuse_forward(
         total = torch.zeros_like(means[0])
         for term in slot.terms:
             mean = means[term.group]
-            if term.column != PLAIN:
+            if term.column != PLAIN and indices is None:
                 mean = mean * weight_of_column(_required(weights).to(mean.dtype), term.column)
+            elif term.column != PLAIN and indices is not None:
+                named = indices.eq(term.column)  # (B, N, k)
+                factor = torch.where(named, _required(weights).to(mean.dtype), 0).sum(-1, keepdim=True)
+                mean = torch.where(named.any(-1, keepdim=True), mean, 0) * factor
             total = total + mean
         slots.append(total.to(dtype))
     out = torch.cat(slots, dim=-1)
@@ -57,13 +80,16 @@ def fuse_forward(
     return out, saved
 
 
-def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> Tensor:
-    """The (G, B, N, D) means of all groups of the program."""
+def reduce_forward(
+    states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The (G, B, N, D) means of all groups of the program, in ``dtype`` (None: that of the states)."""
+    dtype = states[0].dtype if dtype is None else dtype
     means = _group_means(states, program, num_prefix_tokens)
     if not means:
         batch, tokens, width = states[0].shape
-        return states[0].new_empty(0, batch, tokens - num_prefix_tokens, width)
-    return torch.stack(means).to(states[0].dtype)
+        return states[0].new_empty(0, batch, tokens - num_prefix_tokens, width, dtype=dtype)
+    return torch.stack(means).to(dtype)
 
 
 def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, summary: str) -> Tensor:
@@ -87,8 +113,13 @@ def fuse_backward(
     num_tokens: int,
     needs_weights: bool,
     needs_states: bool,
+    *,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The vector-Jacobian product of :func:`fuse_forward`: dL/dw and one dL/dh a gradient class."""
+    """The vector-Jacobian product of :func:`fuse_forward`: dL/dw and one dL/dh a gradient class.
+
+    ``states`` may be empty where ``means`` are given, or where no dL/dw is wanted and the program has no norms.
+    """
     grad_weights: Tensor | None = None
     if needs_weights and means is not None:
         grad_weights = _grad_weights_from_means(grad_out, means, _required(weights), program)
@@ -96,20 +127,42 @@ def fuse_backward(
         wide = accumulation_dtype(grad_out.dtype)
         with torch.enable_grad():
             leaf = _required(weights).detach().to(wide).requires_grad_()
-            out, _ = fuse_forward([state.detach().to(wide) for state in states], leaf, program, num_prefix_tokens, False)
+            wide_states = [state.detach().to(wide) for state in states]
+            out, _ = fuse_forward(wide_states, leaf, program, num_prefix_tokens, False, indices=indices)
             (grad_weights,) = torch.autograd.grad(out, leaf, grad_out.to(wide))
-    grad_states = _linear_grads(grad_out, weights, program, num_prefix_tokens, num_tokens) if needs_states else []
+    grad_states: list[Tensor] = []
+    if needs_states:
+        batch, _, channels = grad_out.shape
+        wide_weights = None if weights is None else weights.detach().to(accumulation_dtype(grad_out.dtype))
+        grad_states = _vjp(
+            lambda leaves: fuse_forward(leaves, wide_weights, program, num_prefix_tokens, False, indices=indices)[0],
+            grad_out,
+            program,
+            (batch, num_tokens, channels // len(program.slots)),
+            states if program.has_norms else None,
+        )
     return grad_weights, grad_states
 
 
-def reduce_backward(grad_means: Tensor, program: MixProgram, num_prefix_tokens: int, num_tokens: int) -> list[Tensor]:
-    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
+def reduce_backward(
+    grad_means: Tensor,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    num_tokens: int,
+    *,
+    states: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class.
+
+    ``states`` are needed where the program has norms.
+    """
     _, batch, _, width = grad_means.shape
     return _vjp(
-        lambda states: reduce_forward(states, program, num_prefix_tokens),
+        lambda leaves: reduce_forward(leaves, program, num_prefix_tokens),
         grad_means,
         program,
         (batch, num_tokens, width),
+        states,
     )
 
 
@@ -119,10 +172,11 @@ def summaries_backward(
     """The vector-Jacobian product of :func:`summaries_forward`, one (B, T, D) a gradient class."""
     batch, _, width = grad.shape
     return _vjp(
-        lambda states: summaries_forward(states, program, num_prefix_tokens, summary),
+        lambda leaves: summaries_forward(leaves, program, num_prefix_tokens, summary),
         grad,
         program,
         (batch, num_tokens, width),
+        None,
     )
 
 
@@ -140,7 +194,18 @@ def summary_groups(program: MixProgram) -> list[int]:
 
 def _group_means(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> list[Tensor]:
     wide = accumulation_dtype(states[0].dtype)
-    return [_mean([states[source][:, num_prefix_tokens:].to(wide) for source in group]) for group in program.groups]
+    patches = [state[:, num_prefix_tokens:].to(wide) for state in states]
+    return [
+        _mean([_normalised(patches[source], norm) for source in group])
+        for group, norm in zip(program.groups, program.norms, strict=True)
+    ]
+
+
+def _normalised(value: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return value
+    normalise = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
+    return normalise(value, value.shape[-1:], eps=norm.eps)
 
 
 def _mean(maps: Sequence[Tensor]) -> Tensor:
@@ -168,26 +233,26 @@ def _grad_weights_from_means(grad_out: Tensor, means: Tensor, weights: Tensor, p
     return per_image if weights.ndim == 2 else per_image.sum(0)
 
 
-def _linear_grads(
-    grad_out: Tensor, weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, num_tokens: int
+def _vjp(
+    function: Callable[[list[Tensor]], Tensor],
+    cotangent: Tensor,
+    program: MixProgram,
+    shape: tuple[int, int, int],
+    states: Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    batch, _, channels = grad_out.shape
-    wide_weights = None if weights is None else weights.detach().to(accumulation_dtype(grad_out.dtype))
-    return _vjp(
-        lambda states: fuse_forward(states, wide_weights, program, num_prefix_tokens, False)[0],
-        grad_out,
-        program,
-        (batch, num_tokens, channels // len(program.slots)),
-    )
+    """Gradients of a function of the states (B, T, D), one a gradient class.
 
-
-def _vjp(function, cotangent: Tensor, program: MixProgram, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Gradients of a function that is linear in the states (so that zeros will do as states), one a gradient class."""
+    Args:
+        states: where the function is taken; None for a function that is linear in them, so that zeros will do.
+    """
     wide = accumulation_dtype(cotangent.dtype)
     with torch.enable_grad():
-        states = [cotangent.new_zeros(shape, dtype=wide).requires_grad_() for _ in range(program.num_sources)]
+        leaves = [
+            (cotangent.new_zeros(shape, dtype=wide) if states is None else states[source].detach().to(wide)).requires_grad_()
+            for source in range(program.num_sources)
+        ]
         # A source that is only copied has no part in the group means: its gradient is zero.
-        grads = torch.autograd.grad(function(states), states, cotangent.detach().to(wide), materialize_grads=True)
+        grads = torch.autograd.grad(function(leaves), leaves, cotangent.detach().to(wide), materialize_grads=True)
     first_of_class = [program.class_of_source.index(c) for c in range(len(program.gradient_classes))]
     return [grads[source].to(cotangent.dtype) for source in first_of_class]
 

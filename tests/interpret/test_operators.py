@@ -59,7 +59,7 @@ def test_opcheck(save_means, make_states, make_weights, monkeypatch) -> None:
     monkeypatch.undo()  # opcheck compares storage offsets, and the guards before the outputs shift them
     states = [state.requires_grad_(not save_means) for state in make_states(PLAN, finite_prefix=True)[1:]]
     weights = make_weights(PLAN, "image").requires_grad_()
-    torch.library.opcheck(torch.ops.igva.fuse, (states, weights, PLAN.program.encode(), 1, save_means, "triton"))
+    torch.library.opcheck(torch.ops.igva.fuse, (states, weights, None, PLAN.program.encode(), 1, save_means, None, "triton"))
 
 
 def test_two_steps_equal_one(plan, make_states, make_weights) -> None:

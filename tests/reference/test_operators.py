@@ -19,7 +19,9 @@ def test_opcheck_of_fuse(plan, frozen, make_states, make_weights):
     elif weights is not None:
         weights.requires_grad_()
     save_means = frozen and weights is not None
-    torch.library.opcheck(torch.ops.igva.fuse.default, (read, weights, plan.program.encode(), 1, save_means, "auto"))
+    torch.library.opcheck(
+        torch.ops.igva.fuse.default, (read, weights, None, plan.program.encode(), 1, save_means, None, "auto")
+    )
 
 
 @pytest.mark.parametrize("summary", ["cls", "mean_patch"])
@@ -27,7 +29,7 @@ def test_opcheck_of_summaries_and_reduction(summary, make_states):
     plan = FusionPlan.igva(4, 2)
     states = [state.requires_grad_() for state in make_states(plan)[1:]]
     torch.library.opcheck(torch.ops.igva.group_summaries.default, (states, plan.summary_program.encode(), 1, summary, "auto"))
-    torch.library.opcheck(torch.ops.igva.reduce_groups.default, (states, plan.program.encode(), 1, "auto"))
+    torch.library.opcheck(torch.ops.igva.reduce_groups.default, (states, plan.program.encode(), 1, None, "auto"))
 
 
 def test_opcheck_of_the_backward_operators(make_states, make_weights):
@@ -39,12 +41,12 @@ def test_opcheck_of_the_backward_operators(make_states, make_weights):
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.igva
     torch.library.opcheck(
-        ops.fuse_backward.default, (grad, states, None, weights, program, 1, 7, True, True, "auto"), test_utils=checks
+        ops.fuse_backward.default, (grad, states, None, weights, None, program, 1, 7, True, True, "auto"), test_utils=checks
     )
     torch.library.opcheck(
-        ops.fuse_backward.default, (grad, [], means, weights, program, 1, 7, True, False, "auto"), test_utils=checks
+        ops.fuse_backward.default, (grad, [], means, weights, None, program, 1, 7, True, False, "auto"), test_utils=checks
     )
-    torch.library.opcheck(ops.reduce_groups_backward.default, (means, program, 1, 7, "auto"), test_utils=checks)
+    torch.library.opcheck(ops.reduce_groups_backward.default, (means, [], program, 1, 7, "auto"), test_utils=checks)
     torch.library.opcheck(
         ops.group_summaries_backward.default,
         (torch.randn(3, 2, 6, dtype=torch.float64), plan.summary_program.encode(), 1, 7, "cls", "auto"),

@@ -49,7 +49,14 @@ __all__ = [
 
 
 def fuse_forward(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int, save_means: bool
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mix, (B, N, S*D) from states (B, T, D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
     batch, num_tokens, width = states[0].shape
@@ -80,6 +87,8 @@ def fuse_backward(
     num_tokens: int,
     needs_weights: bool,
     needs_states: bool,
+    *,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The vector-Jacobian product of :func:`fuse_forward`: dL/dw, and one dL/dh a gradient class."""
     batch, num_patches, channels = grad_out.shape
@@ -126,7 +135,9 @@ def _sum_partials(partials: Tensor, weights: Tensor, skipped_rows: int) -> Tenso
     return partials.sum(dim=1) if weights.ndim == 2 else partials.sum(dim=(0, 1))
 
 
-def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> Tensor:
+def reduce_forward(
+    states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """The (G, B, N, D) means of all groups of the program."""
     batch, num_tokens, width = states[0].shape
     num_patches = num_tokens - num_prefix_tokens
@@ -145,7 +156,14 @@ def reduce_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tok
     return means
 
 
-def reduce_backward(grad_means: Tensor, program: MixProgram, num_prefix_tokens: int, num_tokens: int) -> list[Tensor]:
+def reduce_backward(
+    grad_means: Tensor,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    num_tokens: int,
+    *,
+    states: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
     _, batch, num_patches, width = grad_means.shape
     row = width // elements_per_access(grad_means.dtype)

@@ -22,7 +22,12 @@ MAX_BATCH = 2**16 - 1
 
 
 def check_supported(
-    states: Sequence[Tensor], weights: Tensor | None, program: MixProgram, num_prefix_tokens: int
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    *,
+    indices: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot run these states, or None if they can.
 

@@ -1,0 +1,62 @@
+"""Which implementation runs these tensors. None is imported before it is used, and triton only by its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from igva_kernels.program import MixProgram
+
+MODULES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
+"""Name of an implementation, as users write it, and its module in :mod:`igva_kernels.impl`."""
+
+
+@cache
+def implementation(name: str) -> ModuleType:
+    """The module behind the name of an implementation.
+
+    Raises:
+        ValueError: triton is asked for and not installed.
+    """
+    if name == "triton" and not _triton_installed():
+        raise ValueError(
+            'impl="triton": the package triton is not installed; CUDA builds of torch bring it, else '
+            '`pip install "igva-kernels[triton]"`, or use impl="auto" or "torch"'
+        )
+    return importlib.import_module(f"igva_kernels.impl.{MODULES[name]}")
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve(
+    impl: str,
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    indices: Tensor | None = None,
+) -> ModuleType:
+    """The implementation that runs these tensors; a named one never gives way to another.
+
+    Raises:
+        ValueError: a named implementation cannot run them; the text says why.
+    """
+    if impl == "auto":
+        if states[0].is_cuda and _triton_installed():
+            triton = implementation("triton")
+            if triton.check_supported(states, weights, program, num_prefix_tokens, indices=indices) is None:
+                return triton
+        return implementation("torch")
+    module = implementation(impl)
+    reason = module.check_supported(states, weights, program, num_prefix_tokens, indices=indices)
+    if reason is not None:
+        raise ValueError(f'impl="{impl}" cannot run this input: {reason}; use impl="auto" or "torch"')
+    return module
