@@ -8,7 +8,15 @@
 Importing this needs torch alone: neither triton nor a GPU nor transformers.
 """
 
-from igva_kernels.functional import GroupMeans, SparseWeights, fuse, group_summaries, mix, reduce_groups
+from igva_kernels.functional import (
+    GroupMeans,
+    SparseWeights,
+    fuse,
+    group_summaries,
+    group_summaries_and_states,
+    mix,
+    reduce_groups,
+)
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
 from igva_kernels.program import Norm
 
@@ -24,6 +32,7 @@ __all__ = [
     "Weighted",
     "fuse",
     "group_summaries",
+    "group_summaries_and_states",
     "mix",
     "reduce_groups",
 ]

@@ -132,7 +132,11 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, MODULES))}, got {impl!r}")
 
 
-def check_summary(summary: str, num_prefix_tokens: int) -> None:
+def check_summarised(plan: FusionPlan, summary: str, num_prefix_tokens: int) -> None:
+    """The plan has groups to summarise, and the tower has what the summary is made of."""
+    check_plan(plan)
+    if plan.num_groups == 0:
+        raise ValueError("plan has no weighted groups, so there is nothing to summarise; use FusionPlan.igva(...)")
     if summary not in ("cls", "mean_patch"):
         raise ValueError(f"summary must be 'cls' or 'mean_patch', got {summary!r}")
     if summary == "cls" and num_prefix_tokens < 1:

@@ -16,16 +16,18 @@ from torch import Tensor
 from igva_kernels import (
     eager,
     ops,  # noqa: F401  (registers the operators)
+    passing,
 )
 from igva_kernels.checks import (
     check_group_means,
     check_impl,
     check_means_dtype,
     check_plan,
-    check_summary,
+    check_summarised,
     check_weights,
     select_states,
 )
+from igva_kernels.dispatch import resolve
 from igva_kernels.plan import FusionPlan
 from igva_kernels.program import MixProgram
 
@@ -134,13 +136,51 @@ def group_summaries(
         ValueError: as :func:`fuse`; also a plan without weighted groups, an unknown ``summary``, or ``"cls"`` without a
             prefix token.
     """
-    check_plan(plan)
-    if plan.num_groups == 0:
-        raise ValueError("plan has no weighted groups, so there is nothing to summarise; use FusionPlan.igva(...)")
-    check_summary(summary, num_prefix_tokens)
+    check_summarised(plan, summary, num_prefix_tokens)
     states = select_states(hidden_states, plan, plan.summary_sources, num_prefix_tokens)
     check_impl(impl)
-    return torch.ops.igva.group_summaries(states, plan.summary_program.encode(), num_prefix_tokens, summary, impl)
+    program = plan.summary_program
+    if eager.is_plain(*states) and not (torch.is_grad_enabled() and any(state.requires_grad for state in states)):
+        return resolve(impl, states, None, program, num_prefix_tokens).summaries_forward(
+            states, program, num_prefix_tokens, summary
+        )
+    return torch.ops.igva.group_summaries(states, program.encode(), num_prefix_tokens, summary, impl)
+
+
+def group_summaries_and_states(
+    hidden_states: HiddenStates,
+    plan: FusionPlan,
+    *,
+    num_prefix_tokens: int,
+    summary: Summary = "cls",
+    impl: Implementation = "auto",
+) -> tuple[Tensor, HiddenStates]:
+    """:func:`group_summaries`, and the hidden states to pass on to :func:`fuse`: for towers that are trained.
+
+    The gradient of the summaries is one row of a map. Where the states are passed on from here, it is added in place to the
+    maps that the backward of :func:`fuse` makes, one a group. Otherwise autograd makes a map of zeros for it and adds that,
+    once for each hidden state. Give the returned states to one call of :func:`fuse` and to nothing else.
+
+    Args, Raises: as for :func:`group_summaries`.
+
+    Returns:
+        The (B, K, D) summaries, and hidden states equal to those given (the very same where no gradient flows through them).
+    """
+    # Operators must not return their inputs, so under torch.compile the gradients meet in the ordinary way.
+    values = [state for state in hidden_states if state is not None]
+    needs_states = torch.is_grad_enabled() and any(state.requires_grad for state in values)
+    if not needs_states or not eager.is_plain(*values):
+        summaries = group_summaries(hidden_states, plan, num_prefix_tokens=num_prefix_tokens, summary=summary, impl=impl)
+        return summaries, hidden_states
+    check_summarised(plan, summary, num_prefix_tokens)
+    states = select_states(hidden_states, plan, plan.summary_sources, num_prefix_tokens)
+    check_impl(impl)
+    module = resolve(impl, states, None, plan.summary_program, num_prefix_tokens)
+    summaries, passed = passing.summaries_and_states(states, plan.summary_program, num_prefix_tokens, summary, module)
+    together = list(hidden_states)
+    for layer, state in zip(plan.summary_sources, passed, strict=True):
+        together[layer] = state
+    return summaries, together
 
 
 def reduce_groups(

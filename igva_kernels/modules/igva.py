@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.functional import HiddenStates, Implementation, Summary, fuse, group_summaries
+from igva_kernels.functional import HiddenStates, Implementation, Summary, fuse, group_summaries_and_states
 from igva_kernels.modules.allocator import WeightAllocator
 from igva_kernels.plan import FusionPlan
 
@@ -66,7 +66,7 @@ class IGVAFusion(nn.Module):
         Raises:
             ValueError: as :func:`igva_kernels.fuse`, :func:`igva_kernels.group_summaries` and :class:`WeightAllocator`.
         """
-        summaries = group_summaries(
+        summaries, hidden_states = group_summaries_and_states(
             hidden_states, self.plan, num_prefix_tokens=num_prefix_tokens, summary=self.summary, impl=self.impl
         )
         if instruction_embeds is None:
