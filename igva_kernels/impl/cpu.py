@@ -1,4 +1,4 @@
-"""Plain torch at copy bandwidth: what runs on a CPU, and anywhere that the Triton kernels cannot run.
+"""Plain torch: what runs anywhere that neither the Triton kernels nor the compiled ones for a CPU can run.
 
 One pass over the hidden states, in tiles small enough that the accumulators stay in the cache while the states stream
 through; everything is in place, so that a few tiles are all that is made beside the outputs. Sums run in float32
@@ -7,13 +7,14 @@ through; everything is in place, so that a few tiles are all that is made beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from igva_kernels.impl.reference import accumulation_dtype, summary_groups, weight_of_column
-from igva_kernels.program import PLAIN, CopySlot, MixProgram
+from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
 
@@ -47,53 +48,60 @@ def fuse_forward(
     indices: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
+    """The mix: ``states`` of (B, T, D) to (B, N, S*D), and the (G_w, B, N, D) means of the weighted groups if asked for.
+
+    Arguments as for the reference. Where the weights are sparse, a tile does not read the groups that none of its tokens names.
+    """
     patches, batch, num_patches, width = _patches(states, num_prefix_tokens)
+    dtype = patches[0].dtype if dtype is None else dtype
     wide = accumulation_dtype(patches[0].dtype)
-    out = patches[0].new_empty(batch, num_patches, len(program.slots) * width)
+    out = patches[0].new_empty(batch, num_patches, len(program.slots) * width, dtype=dtype)
     slots = out.unflatten(2, (len(program.slots), width)).unbind(2)
-    means = patches[0].new_empty((program.num_weighted_groups, batch, num_patches, width) if save_means else 0)
-    factors = None if weights is None else weights.detach().to(wide)
+    means = patches[0].new_empty((program.num_weighted_groups, batch, num_patches, width) if save_means else 0, dtype=dtype)
+    factors = _Factors(weights, indices, wide)
     copies = _copies_by_source(program)
     uses = _uses_by_group(program)
     for tile in _tiles(patches[0]):
         copied: set[int] = set()
         sums: dict[int, Tensor] = {}
         for g, group in enumerate(program.groups):
+            saved = save_means and g < program.num_weighted_groups
+            if not saved and not any(factors.reach(column, tile) for _, column in uses[g]):
+                continue
             accumulator = patches[0].new_empty(patches[0][tile].shape, dtype=wide)
             for position, source in enumerate(group):
-                _accumulate(accumulator, patches[source][tile], first=position == 0)
+                _accumulate(accumulator, patches[source][tile], program.norms[g], first=position == 0)
                 if source not in copied:  # while its tile is still in the cache
                     copied.add(source)
                     for s in copies.get(source, ()):
                         slots[s][tile].copy_(patches[source][tile])
             if len(group) > 1:
                 accumulator.mul_(1.0 / len(group))
-            if save_means and g < program.num_weighted_groups:
+            if saved:
                 means[g][tile].copy_(accumulator)
             for position, (s, column) in enumerate(uses[g], start=1):
                 term = accumulator if position == len(uses[g]) else accumulator.clone()  # its last use may overwrite it
-                if column != PLAIN:
-                    term.mul_(_factor(factors, column, tile))
+                factors.multiply_(term, column, tile)
                 sums[s] = sums[s].add_(term) if s in sums else term
-        for s, total in sums.items():
-            slots[s][tile].copy_(total)
-        for source, targets in copies.items():
-            if source not in copied:
-                for s in targets:
-                    slots[s][tile].copy_(patches[source][tile])
+        for s, slot in enumerate(program.slots):
+            if s in sums:
+                slots[s][tile].copy_(sums[s])
+            elif not isinstance(slot, CopySlot):
+                slots[s][tile].zero_()
+            elif slot.source not in copied:
+                slots[s][tile].copy_(patches[slot.source][tile])
     return out, means
 
 
 def reduce_forward(
     states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The (G, B, N, D) means of all groups of the program."""
+    """The (G, B, N, D) means of all groups of the program, in ``dtype`` (None: that of the states)."""
     patches, batch, num_patches, width = _patches(states, num_prefix_tokens)
-    means = patches[0].new_empty(len(program.groups), batch, num_patches, width)
+    means = patches[0].new_empty(len(program.groups), batch, num_patches, width, dtype=dtype)
     for tile in _tiles(patches[0]):
-        for g, group in enumerate(program.groups):
-            means[g][tile].copy_(_mean_of_group(patches, group, tile))
+        for g in range(len(program.groups)):
+            means[g][tile].copy_(_mean_of_group(patches, program, g, tile))
     return means
 
 
@@ -136,24 +144,24 @@ def fuse_backward(
     width = grad_out.shape[2] // num_slots
     grad_slots = grad_out.unflatten(2, (num_slots, width)).unbind(2)
     wide = accumulation_dtype(grad_out.dtype)
-    factors = None if weights is None else weights.detach().to(wide)
+    factors = _Factors(weights, indices, wide)
+    patches = [state.detach()[:, num_prefix_tokens:] for state in states]
     grad_weights = None
     if needs_weights and weights is not None:
-        patches = [state[:, num_prefix_tokens:] for state in states]
-        grad_weights = _grad_weights(grad_slots, patches, means, weights, program, wide)
-    grad_states: list[Tensor] = []
-    if needs_states:
-        uses = _uses_by_group(program)
-        for copy_slots, groups in program.gradient_classes:
-            terms = [(s, PLAIN, 1.0) for s in copy_slots]
-            terms += [(s, column, 1.0 / len(program.groups[g])) for g in groups for s, column in uses[g]]
-            grad_state = grad_out.new_empty(grad_out.shape[0], num_tokens, width)
-            grad_state[:, :num_prefix_tokens] = 0
-            target = grad_state[:, num_prefix_tokens:]
-            for tile in _tiles(target):
-                target[tile].copy_(_sum_of_terms(grad_slots, terms, factors, tile, wide))
-            grad_states.append(grad_state)
-    return grad_weights, grad_states
+        grad_weights = _grad_weights(grad_slots, patches, means, weights, factors, program, wide)
+    if not needs_states:
+        return grad_weights, []
+    uses = _uses_by_group(program)
+
+    def cotangent(g: int, tile: Tile) -> Tensor:
+        """Of one member of group ``g``, before its norm."""
+        total: Tensor | None = None
+        for s, column in uses[g]:
+            term = factors.times(grad_slots[s][tile].to(wide), column, tile, 1.0 / len(program.groups[g]))
+            total = term if total is None else total.add_(term)
+        return torch.zeros_like(grad_slots[0][tile], dtype=wide) if total is None else total
+
+    return grad_weights, _grad_states(grad_slots, cotangent, patches, program, num_prefix_tokens, num_tokens)
 
 
 def reduce_backward(
@@ -164,20 +172,19 @@ def reduce_backward(
     *,
     states: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
-    _, batch, _, width = grad_means.shape
+    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class.
+
+    ``states`` are needed where the program has norms.
+    """
     wide = accumulation_dtype(grad_means.dtype)
     maps = grad_means.unbind(0)
-    grads = []
-    for _, groups in program.gradient_classes:
-        terms = [(g, PLAIN, 1.0 / len(program.groups[g])) for g in groups]
-        grad_state = grad_means.new_zeros(batch, num_tokens, width)
-        target = grad_state[:, num_prefix_tokens:]
-        if terms:
-            for tile in _tiles(target):
-                target[tile].copy_(_sum_of_terms(maps, terms, None, tile, wide))
-        grads.append(grad_state)
-    return grads
+    patches = [state.detach()[:, num_prefix_tokens:] for state in states or ()]
+
+    def cotangent(g: int, tile: Tile) -> Tensor:
+        return maps[g][tile].to(wide) * (1.0 / len(program.groups[g]))
+
+    without_copies = [((), groups) for _, groups in program.gradient_classes]
+    return _grad_states(maps, cotangent, patches, program, num_prefix_tokens, num_tokens, without_copies)
 
 
 def summaries_backward(
@@ -227,51 +234,147 @@ def _tiles(like: Tensor) -> Iterator[Tile]:
             yield slice(first_image, first_image + images), slice(first_row, first_row + rows)
 
 
-def _accumulate(accumulator: Tensor, value: Tensor, *, first: bool) -> None:
+def _member(patches: Tensor, norm: Norm | None, wide: torch.dtype) -> Tensor:
+    """One member's tile as its group adds it: normalised where the group says so."""
+    if norm is None:
+        return patches
+    normalise = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
+    return normalise(patches.to(wide), patches.shape[-1:], eps=norm.eps)
+
+
+def _accumulate(accumulator: Tensor, value: Tensor, norm: Norm | None, *, first: bool) -> None:
+    value = _member(value, norm, accumulator.dtype)
     if first:
         accumulator.copy_(value)
     else:
         accumulator.add_(value)
 
 
-def _mean_of_group(patches: Sequence[Tensor], group: tuple[int, ...], tile: Tile) -> Tensor:
+def _mean_of_group(patches: Sequence[Tensor], program: MixProgram, g: int, tile: Tile) -> Tensor:
     """The mean of a group's tile in the accumulation dtype."""
+    group = program.groups[g]
     first = patches[group[0]][tile]
     accumulator = first.new_empty(first.shape, dtype=accumulation_dtype(first.dtype))
     for position, source in enumerate(group):
-        _accumulate(accumulator, patches[source][tile], first=position == 0)
+        _accumulate(accumulator, patches[source][tile], program.norms[g], first=position == 0)
     return accumulator.mul_(1.0 / len(group)) if len(group) > 1 else accumulator
 
 
-def _factor(factors: Tensor | None, column: int, tile: Tile) -> Tensor:
-    """Column of the weights for a tile, broadcastable to (images, patches, D)."""
-    if factors is None:
-        raise ValueError("weights is None, but the plan has weighted groups")
-    selected = weight_of_column(factors, column)
-    if factors.ndim == 1:
-        return selected
-    return selected[tile[0]] if factors.ndim == 2 else selected[tile]
+class _Factors:
+    """What multiplies the mean of a group in a tile: a weight per call, image or token, or those that a token names.
 
+    Args:
+        weights: (K,), (B, K) or (B, N, K); with ``indices`` the values (B, N, k); None for a program without weights.
+        indices: (B, N, k) columns, or None.
+        wide: the accumulation dtype.
+    """
 
-def _sum_of_terms(
-    maps: Sequence[Tensor],
-    terms: Sequence[tuple[int, int, float]],
-    factors: Tensor | None,
-    tile: Tile,
-    wide: torch.dtype,
-) -> Tensor:
-    """``sum over (map, column, scale) of map * w[column] * scale`` for one tile."""
-    total: Tensor | None = None
-    for index, column, scale in terms:
-        term = maps[index][tile].to(wide)
+    def __init__(self, weights: Tensor | None, indices: Tensor | None, wide: torch.dtype) -> None:
+        self._weights = None if weights is None else weights.detach().to(wide)
+        self._indices = indices
+
+    def reach(self, column: int, tile: Tile) -> bool:
+        """Whether some token of the tile is reached by a column. Only sparse weights reach none."""
+        return column == PLAIN or self._indices is None or bool(self._indices[tile].eq(column).any())
+
+    def of(self, column: int, tile: Tile) -> Tensor:
+        """The weights of a column that is not PLAIN, to multiply (images, patches, D); 0 where a token does not name it."""
+        if self._weights is None:
+            raise ValueError("weights is None, but the plan has weighted groups")
+        if self._indices is not None:
+            named = self._indices[tile].eq(column)
+            return torch.where(named, self._weights[tile], 0).sum(-1, keepdim=True)
+        selected = weight_of_column(self._weights, column)
+        if self._weights.ndim == 1:
+            return selected
+        return selected[tile[0]] if self._weights.ndim == 2 else selected[tile]
+
+    def multiply_(self, term: Tensor, column: int, tile: Tile) -> None:
+        """``term *= of(column)`` in place; what a token does not name becomes 0, whatever it was."""
         if column != PLAIN:
-            term = term * (_factor(factors, column, tile) * scale)
-        elif scale != 1.0:
-            term = term * scale
-        total = term if total is None else total + term
-    if total is None:
-        raise ValueError("a gradient class without a copy and without a group: the program is malformed")
-    return total
+            term.mul_(self.of(column, tile))
+            self._clear_(term, column, tile)
+
+    def times(self, term: Tensor, column: int, tile: Tile, scale: float) -> Tensor:
+        """``term * of(column) * scale`` in a new tensor."""
+        if column == PLAIN:
+            return term * scale
+        product = term * (self.of(column, tile) * scale)
+        self._clear_(product, column, tile)
+        return product
+
+    def add_gradient_(self, grad: Tensor, of_column: Tensor, column: int, tile: Tile) -> None:
+        """Add what a column receives, (images, patches, 1), to the gradient of the weights per token of a tile."""
+        if self._indices is None:
+            grad[..., column : column + 1] += of_column
+        else:
+            grad += torch.where(self._indices[tile].eq(column), of_column, 0)
+
+    def _clear_(self, term: Tensor, column: int, tile: Tile) -> None:
+        if self._indices is not None:  # 0 times an infinity is not 0
+            term.masked_fill_(~self._indices[tile].eq(column).any(-1, keepdim=True), 0)
+
+
+def _grad_states(
+    grad_slots: Sequence[Tensor],
+    cotangent: Callable[[int, Tile], Tensor],
+    patches: Sequence[Tensor],
+    program: MixProgram,
+    num_prefix_tokens: int,
+    num_tokens: int,
+    classes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+) -> list[Tensor]:
+    """One (B, T, D) a gradient class.
+
+    Args:
+        grad_slots: the cotangents of the slots, (B, N, D) each.
+        cotangent: gives that of a member of a group, before its norm, as a tensor that may be overwritten.
+        patches: the states' patches, read only for norms.
+        classes: copies and groups of each class, if not the program's.
+    """
+    like = grad_slots[0]
+    batch, _, width = like.shape
+    wide = accumulation_dtype(like.dtype)
+    classes = program.gradient_classes if classes is None else classes
+    source_of_class = [program.class_of_source.index(c) for c in range(len(classes))]
+    grads = [like.new_empty(batch, num_tokens, width) for _ in classes]
+    for grad in grads:
+        grad[:, :num_prefix_tokens] = 0
+    targets = [grad[:, num_prefix_tokens:] for grad in grads]
+    for tile in _tiles(like):
+        shares: dict[int, Tensor] = {}  # a normalised group gives each of its members another gradient, from one share
+        for target, source, (copy_slots, groups) in zip(targets, source_of_class, classes, strict=True):
+            total: Tensor | None = None
+            for g in groups:
+                norm = program.norms[g]
+                if norm is None:
+                    term = cotangent(g, tile)
+                else:
+                    if g not in shares:
+                        shares[g] = cotangent(g, tile)
+                    term = _norm_backward(shares[g], patches[source][tile].to(wide), norm)
+                total = term if total is None else total.add_(term)
+            for s in copy_slots:
+                copied = grad_slots[s][tile]
+                if total is None:
+                    total = copied  # a view of the cotangent: not to be written to
+                else:
+                    total = total.add_(copied) if groups else total + copied.to(wide)
+            target[tile].copy_(total if total is not None else like.new_zeros(()))
+    return grads
+
+
+def _norm_backward(grad: Tensor, value: Tensor, norm: Norm) -> Tensor:
+    """The vector-Jacobian product of a norm over the last dimension, (images, patches, D)."""
+    if norm.kind == "layer":
+        value = value - value.mean(-1, keepdim=True)
+    inverse = value.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    normalised = value * inverse
+    slope = (grad * normalised).mean(-1, keepdim=True)
+    result = grad - normalised.mul_(slope)
+    if norm.kind == "layer":
+        result -= grad.mean(-1, keepdim=True)
+    return result.mul_(inverse)
 
 
 def _grad_weights(
@@ -279,23 +382,26 @@ def _grad_weights(
     patches: Sequence[Tensor],
     means: Tensor | None,
     weights: Tensor,
+    factors: _Factors,
     program: MixProgram,
     wide: torch.dtype,
 ) -> Tensor:
-    batch, num_patches, _ = grad_slots[0].shape
+    """dL/dw in the shape of ``weights``, in the accumulation dtype."""
     uses = _uses_by_group(program)
     per_token = weights.ndim == 3
-    shape = (batch, num_patches, program.num_weights) if per_token else (batch, program.num_weights)
-    grad_weights = grad_slots[0].new_zeros(shape, dtype=wide)
+    grad_weights = grad_slots[0].new_zeros(
+        weights.shape if per_token else (grad_slots[0].shape[0], weights.shape[-1]), dtype=wide
+    )
     for tile in _tiles(grad_slots[0]):
         for g in range(program.num_weighted_groups):
-            mean = means[g][tile] if means is not None else _mean_of_group(patches, program.groups[g], tile)
-            for s, column in uses[g]:
-                if column == PLAIN:
-                    continue
+            reached = [(s, column) for s, column in uses[g] if column != PLAIN and factors.reach(column, tile)]
+            if not reached:
+                continue
+            mean = means[g][tile] if means is not None else _mean_of_group(patches, program, g, tile)
+            for s, column in reached:
                 product = grad_slots[s][tile].to(wide) * mean
                 if per_token:
-                    grad_weights[(*tile, column)] += product.sum(2)
+                    factors.add_gradient_(grad_weights[tile], product.sum(2, keepdim=True), column, tile)
                 else:
                     grad_weights[tile[0], column] += product.sum((1, 2))
     return grad_weights.sum(0) if weights.ndim == 1 else grad_weights
