@@ -1,0 +1,220 @@
+"""One case through one implementation: values, gradients, and what a call must leave alone."""
+
+from __future__ import annotations
+
+import torch
+from fuzz.cases import Case, Limits
+from fuzz.formula import Results, exact_results, magnitudes
+from fuzz.inputs import Inputs, make_inputs
+from fuzz.poison import poisoned_empty
+from torch import Tensor
+
+from igva_kernels import fuse, group_summaries, mix, reduce_groups
+
+
+def check_fuse(case: Case, impl: str, limits: Limits) -> None:
+    """Output and gradients of ``fuse`` against float64, and the same output without autograd."""
+    inputs = make_inputs(case)
+    before = [bits(tensor) for tensor in inputs.tensors()]
+    with poisoned_empty():
+        out = run_fuse(case, inputs, impl)
+        grads = differentiate(case, inputs, out)
+        with torch.no_grad():
+            again = run_fuse(case, inputs, impl)
+    assert all(torch.equal(old, bits(new)) for old, new in zip(before, inputs.tensors(), strict=True)), (
+        "an input was written to"
+    )
+    assert torch.equal(bits(out), bits(again)), "without autograd the output is another one"
+
+    assert out.shape == (case.batch, case.patches, len(case.plan.slots) * case.width)
+    assert out.dtype == case.dtype and out.is_contiguous()
+    assert out.requires_grad == (case.weights_need or any(case.states_need))
+    compare(case, Results(out.detach(), *grads), inputs, limits)
+
+
+def check_two_steps(case: Case, impl: str, limits: Limits) -> None:
+    """``mix`` of ``reduce_groups`` and its gradients: with wide means the bits of ``fuse``, else one more rounding."""
+    inputs = make_inputs(case)
+    wide = torch.promote_types(case.dtype, torch.float32)
+    with poisoned_empty():
+        one = run_fuse(case, inputs, impl)
+        two = run_two_steps(case, inputs, impl, wide)
+        grads = differentiate(case, inputs, two)
+        narrow = run_two_steps(case, inputs, impl, None)
+    assert torch.equal(bits(one), bits(two)), "with wide means two steps give other bits than one"
+    assert narrow.dtype == case.dtype and narrow.is_contiguous()
+    # the gradient of a layer that is copied and averaged comes in two parts, each rounded to the dtype of the states
+    compare(case, Results(two.detach(), *grads), inputs, limits, states_stored_as=case.dtype)
+    exact, magnitude = exact_results(case, inputs).out, magnitudes(case, inputs).out
+    within("output of 16-bit means", narrow.detach(), exact, magnitude, roundings_of_a_mix(case), limits, stored_as=case.dtype)
+
+
+def check_summaries(case: Case, impl: str, limits: Limits, summary: str) -> None:
+    """``group_summaries`` and the gradient of the states; their norms play no part in it."""
+    inputs = make_inputs(case)
+    rows = slice(0, 1) if summary == "cls" else slice(case.prefix, None)
+    generator = torch.Generator().manual_seed(case.seed)
+    states = {layer: inputs.hidden_states[layer].detach() for layer in case.plan.summary_sources}
+    for state in states.values():  # the poison is where the summary may not look
+        state.copy_(torch.full_like(state, float("nan")))
+        state[:, rows] = torch.randn(state[:, rows].shape, generator=generator).to(case.dtype)
+    grad = torch.randn(case.batch, case.plan.num_groups, case.width, generator=generator).to(case.dtype)
+    with poisoned_empty():
+        summaries = group_summaries(inputs.hidden_states, case.plan, num_prefix_tokens=case.prefix, summary=summary, impl=impl)
+        needed = [layer for layer in states if case.layouts is not None and inputs.hidden_states[layer].requires_grad]
+        grads = torch.autograd.grad(summaries, [inputs.hidden_states[layer] for layer in needed], grad) if needed else ()
+
+    assert summaries.dtype == case.dtype and summaries.shape == grad.shape
+    rounds = 8 + case.patches + max(map(len, case.plan.groups))
+    for column, group in enumerate(case.plan.groups):
+        members = torch.stack([states[layer][:, rows].double() for layer in group])
+        exact, magnitude = members.mean((0, 2)), members.abs().mean((0, 2))
+        within(f"summary {column}", summaries[:, column].detach(), exact, magnitude, rounds, limits)
+    for layer, actual in zip(needed, grads, strict=True):
+        exact = torch.zeros(actual.shape, dtype=torch.float64)
+        magnitude = torch.zeros(actual.shape, dtype=torch.float64)
+        for column, group in enumerate(case.plan.groups):
+            if layer in group:
+                share = grad[:, column, None].double() / (len(group) * len(range(*rows.indices(case.tokens))))
+                exact[:, rows] += share
+                magnitude[:, rows] += share.abs()
+        within(f"gradient of layer {layer}", actual, exact, magnitude, rounds, limits)
+
+
+RUNS = 20
+
+
+def check_determinism(case: Case, impl: str) -> None:
+    """Output and every gradient, the same bits at each of :data:`RUNS` runs."""
+    inputs = make_inputs(case)
+
+    def run() -> list[Tensor]:
+        out = run_fuse(case, inputs, impl)
+        grad_values, grad_states = differentiate(case, inputs, out)
+        return [bits(tensor) for tensor in (out, grad_values, *grad_states.values()) if tensor is not None]
+
+    first = run()
+    for _ in range(RUNS - 1):
+        assert all(map(torch.equal, first, run())), "the bits differ between two runs"
+
+
+def run_two_steps(case: Case, inputs: Inputs, impl: str, means_dtype: torch.dtype | None) -> Tensor:
+    means = reduce_groups(
+        inputs.hidden_states,
+        case.plan,
+        num_prefix_tokens=case.prefix,
+        summary="mean_patch",
+        means_dtype=means_dtype,
+        impl=impl,
+    )
+    return mix(means, case.plan, inputs.weights, impl=impl)
+
+
+def run_fuse(case: Case, inputs: Inputs, impl: str) -> Tensor:
+    return fuse(inputs.hidden_states, case.plan, inputs.weights, num_prefix_tokens=case.prefix, impl=impl)
+
+
+def differentiate(case: Case, inputs: Inputs, out: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """The gradients that the case asks for; prefix rows and unread layers have zeros, and are cut off here."""
+    stacked = isinstance(inputs.hidden_states, Tensor)
+    leaves: dict[int | str, Tensor] = {"values": inputs.values} if case.weights_need else {}
+    if stacked and any(case.states_need):
+        leaves["stacked"] = inputs.hidden_states
+    elif not stacked:
+        leaves |= {
+            layer: inputs.hidden_states[layer]
+            for layer, needs in zip(case.plan.sources, case.states_need, strict=True)
+            if needs
+        }
+    if not leaves:
+        return None, {}
+    grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), inputs.grad_out), strict=True))
+    for name, grad in grads.items():
+        assert grad.shape == leaves[name].shape and grad.dtype == leaves[name].dtype, f"gradient of {name}"
+    grad_values = grads.pop("values", None)
+    if "stacked" in grads:
+        grads = dict(enumerate(grads["stacked"].unbind(0)))
+        for layer in set(grads) - set(case.plan.sources):
+            assert (grads.pop(layer) == 0).all(), f"layer {layer} is not read and has a gradient"
+    for layer, grad in grads.items():
+        assert (grad[:, : case.prefix] == 0).all(), f"a prefix row of layer {layer} has a gradient"
+    return grad_values, {layer: grad[:, case.prefix :] for layer, grad in grads.items()}
+
+
+def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_stored_as: torch.dtype | None = None) -> None:
+    """Every element within its bound, see :mod:`fuzz.formula`. States' gradients may come in parts of ``states_stored_as``."""
+    exact, magnitude = exact_results(case, inputs), magnitudes(case, inputs)
+    terms = roundings_of_a_mix(case)
+    within("output", actual.out, exact.out, magnitude.out, terms, limits)
+    for layer, grad in actual.grad_states.items():
+        expected = exact.grad_states[layer], magnitude.grad_states[layer]
+        within(f"gradient of layer {layer}", grad, *expected, terms, limits, stored_as=states_stored_as)
+    if actual.grad_values is not None:
+        per_token = case.sharing in ("token", "sparse")
+        images = case.batch if case.sharing == "all" else 1
+        products = case.width * (1 if per_token else case.patches) * images
+        within(
+            "gradient of the weights",
+            actual.grad_values,
+            exact.grad_values,
+            magnitude.grad_values,
+            terms
+            + 4
+            * round(products**0.5),  # a long sum in any order but the worst (Higham and Mary, SIAM J. Sci. Comput. 41, 2019)
+            limits,
+            stored_as=case.dtype,  # the group means, which a frozen tower keeps for the backward
+        )
+
+
+def roundings_of_a_mix(case: Case) -> int:
+    """Roundings that a term of a slot, or of a gradient, can take part in."""
+    largest = max((len(group) for group in case.plan.program.groups), default=0)
+    norms = 2 * case.width + 16 if case.plan.program.has_norms else 0
+    return largest + case.plan.num_groups + len(case.plan.slots) + case.num_columns + 8 + norms
+
+
+def within(
+    what: str,
+    actual: Tensor,
+    exact: Tensor,
+    magnitude: Tensor,
+    roundings: int,
+    limits: Limits,
+    stored_as: torch.dtype | None = None,
+) -> None:
+    """Assert the bound: roundings of the arithmetic times the magnitude, and one rounding of the result at its store.
+
+    Args:
+        stored_as: dtype in which a factor of the products was stored in between.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    assert actual.isfinite().all(), f"{what}: not finite"
+    arithmetic = torch.float64 if actual.dtype == torch.float64 and stored_as in (None, torch.float64) else torch.float32
+    bound = roundings * unit(arithmetic) * magnitude
+    if stored_as is not None:
+        bound = bound + store_unit(stored_as, limits) * magnitude
+    bound = bound + store_unit(actual.dtype, limits) * (exact.abs() + bound) + smallest(actual.dtype)
+    error = (actual.double() - exact).abs()
+    assert (error <= bound).all(), (
+        f"{what}: {(error / bound).max():.3g} times the error that rounding allows; worst error {error.max():.3e}"
+    )
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
+
+
+def store_unit(dtype: torch.dtype, limits: Limits) -> float:
+    return unit(dtype) * (2 if limits.truncates and dtype == torch.bfloat16 else 1)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """What the dtype cannot resolve near zero: its smallest subnormal, or the smallest normal where that is negligible."""
+    return min(torch.finfo(dtype).smallest_normal, 2.0**-24)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy to compare bit for bit, NaN included."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(integer)

@@ -1,0 +1,58 @@
+"""``fuse``, ``group_summaries`` and the two-step form on random plans, shapes, dtypes, layouts and gradient flags."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from fuzz.cases import SHARINGS, STATE_LAYOUTS, Case, Limits, cases
+from fuzz.check import check_determinism, check_fuse, check_summaries, check_two_steps
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Eight programs a launch or fewer: at some 15 ms a program a case takes a fraction of a second.
+    IMPLEMENTATIONS = {
+        "triton": Limits(
+            access_bytes=16,
+            layouts=STATE_LAYOUTS,
+            max_batch=2,
+            max_layers=5,
+            max_image_bytes=6144,
+            max_rows=8,
+            sharings=SHARINGS[:3],
+            norms=False,
+            truncates=True,
+        )
+    }
+else:
+    IMPLEMENTATIONS = {"reference": Limits(), "torch": Limits()}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def limits(impl: str) -> Limits:
+    return IMPLEMENTATIONS[impl]
+
+
+@pytest.mark.parametrize("half", (1, 2))  # for two processes
+def test_fuse(impl, limits, half, for_random) -> None:
+    for_random(cases(limits), lambda case: check_fuse(case, impl, limits), share=0.5)
+
+
+def test_two_steps(impl, limits, for_random) -> None:
+    for_random(cases(limits), lambda case: check_two_steps(case, impl, limits), share=0.2)
+
+
+@pytest.mark.parametrize("summary", ("cls", "mean_patch"))
+def test_summaries(impl, limits, summary, for_random) -> None:
+    def usable(case: Case) -> bool:
+        return case.plan.num_groups > 0 and (summary == "mean_patch" or case.prefix > 0)
+
+    for_random(cases(limits).filter(usable), lambda case: check_summaries(case, impl, limits, summary), share=0.1)
+
+
+def test_the_same_bits_on_every_run(impl, limits, for_random) -> None:
+    for_random(cases(limits), lambda case: check_determinism(case, impl), share=0.02)
