@@ -101,6 +101,12 @@ def compilation_key(launch: Launch, target: str) -> str:
 
 def compile_launch(launch: Launch, target: str) -> MachineCode:
     """Compile a recorded launch for one of :data:`TARGETS` and count its instructions."""
+    compiled = compile_kernel(launch, target)
+    return _read_amd(compiled.asm) if target.startswith("gfx") else _read_nvidia(compiled.asm)
+
+
+def compile_kernel(launch: Launch, target: str) -> Any:
+    """Triton's ``CompiledKernel`` of a recorded launch, for one of :data:`TARGETS`."""
     backend = make_backend(TARGETS[target])
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     bound, specialization, _ = bind(*launch.args, **launch.kwargs)
@@ -108,16 +114,19 @@ def compile_launch(launch: Launch, target: str) -> MachineCode:
         backend, dict(launch.kwargs), bound, specialization, None
     )
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=options.__dict__)
-    return _read_amd(compiled.asm) if target.startswith("gfx") else _read_nvidia(compiled.asm)
+    return triton.compile(source, target=TARGETS[target], options=options.__dict__)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """The SASS of an NVIDIA kernel, and a line of its resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run(CUOBJDUMP, "-sass", file.name), _run(CUOBJDUMP, "-res-usage", file.name)
 
 
 def _read_nvidia(asm: dict[str, Any]) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
-        listing = _run(CUOBJDUMP, "-sass", cubin.name)
-        usage = _run(CUOBJDUMP, "-res-usage", cubin.name)
+    listing, usage = disassemble(asm["cubin"])
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
     loads = [name for name in instructions if name.startswith("LDG")]
     stores = [name for name in instructions if name.startswith("STG")]
