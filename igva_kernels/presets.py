@@ -162,8 +162,8 @@ class Presets:
         counts the outputs of the blocks from 0: 3, 7, 15, 23, 30 are h_4, h_8, h_16, h_24, h_31.
 
         The final state comes from another encoder (the gated global one, after ``layernorm_post``), so it is none of the local
-        hidden states. The plan takes it as one entry more: call ``fuse((*local_hidden_states, final_state), plan,
-        num_prefix_tokens=0)`` with L + 2 tensors. Mllama keeps all tokens, hence no prefix.
+        hidden states. The plan takes it as one entry more, L + 2 in all: with the L outputs that ``MllamaVisionEncoder`` gives,
+        ``fuse((None, *outputs, final_state), plan, num_prefix_tokens=0)``. Mllama keeps all tokens, hence no prefix.
 
         Published, the channels of the five layers are interleaved (``torch.stack(..., dim=-1)``); here they stand in blocks,
         which costs no strided stores. :func:`igva_kernels.modules.columns_to_blocks` permutes the columns of the next Linear to

@@ -2,5 +2,25 @@
 
 from igva_kernels.modules.allocator import WeightAllocator
 from igva_kernels.modules.igva import IGVAFusion, IGVAFusionOutput
+from igva_kernels.modules.mixture_of_layers import MixtureOfLayersRouter, MixtureOfLayersRouting
+from igva_kernels.modules.mllama import columns_to_blocks, columns_to_interleaved
+from igva_kernels.modules.multi_layer_sum import MultiLayerSum
+from igva_kernels.modules.scalar_mix import ScalarMix, convert_allennlp_scalar_mix
+from igva_kernels.modules.tgif import TGIFFusion, TGIFFusionOutput
+from igva_kernels.modules.vip_llava import VipLlavaFusion
 
-__all__ = ["IGVAFusion", "IGVAFusionOutput", "WeightAllocator"]
+__all__ = [
+    "IGVAFusion",
+    "IGVAFusionOutput",
+    "MixtureOfLayersRouter",
+    "MixtureOfLayersRouting",
+    "MultiLayerSum",
+    "ScalarMix",
+    "TGIFFusion",
+    "TGIFFusionOutput",
+    "VipLlavaFusion",
+    "WeightAllocator",
+    "columns_to_blocks",
+    "columns_to_interleaved",
+    "convert_allennlp_scalar_mix",
+]
