@@ -7,7 +7,7 @@ states then reach autograd as one opaque argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,9 +19,13 @@ from torch.autograd.function import once_differentiable
 from igva_kernels.backward import kept_for_backward, per_source, resolve_backward, worth_saving_means
 from igva_kernels.dispatch import resolve
 from igva_kernels.program import MixProgram
+from igva_kernels.quick import Signatures, key_of
 
 _requires_grad = attrgetter("requires_grad")
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+Forward = Callable[["_Call", Tensor | None], tuple[Tensor, ...]]
+"""Computes the output, and the group means where the form of the call says so."""
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -39,28 +43,25 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
-class _Call(NamedTuple):
-    """One call of fuse beside its weights."""
+class _Form(NamedTuple):
+    """A call of fuse without its tensors."""
 
-    states: Sequence[Tensor]
-    indices: Tensor | None
     program: MixProgram
     num_prefix_tokens: int
+    num_tokens: int
     save_means: bool
     dtype: torch.dtype | None
     impl: str
-    module: ModuleType
+    forward: Forward
 
-    def run(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.module.fuse_forward(
-            self.states,
-            weights,
-            self.program,
-            self.num_prefix_tokens,
-            self.save_means,
-            indices=self.indices,
-            dtype=self.dtype,
-        )
+
+class _Call(NamedTuple):
+    """A call of fuse without its weights."""
+
+    form: _Form
+    states: Sequence[Tensor]
+    indices: Tensor | None
+    addresses: tuple[int, ...]
 
 
 def fuse(
@@ -71,19 +72,75 @@ def fuse(
     num_prefix_tokens: int,
     dtype: torch.dtype | None,
     impl: str,
+    *,
+    signatures: Signatures | None = None,
+    options: tuple = (),
 ) -> Tensor:
-    """The mix of plain tensors, as the operator ``igva::fuse`` would give it; arguments as for that."""
+    """The mix of plain tensors, as the operator ``igva::fuse`` would give it; arguments as for that.
+
+    Args:
+        signatures: where to keep the call for :func:`fuse_again`, if it can be replayed; ``options`` are its key there.
+    """
     module = resolve(impl, states, weights, program, num_prefix_tokens, indices)
     grad_enabled = torch.is_grad_enabled()
     weights_need = grad_enabled and weights is not None and weights.requires_grad
     states_need = grad_enabled and any(map(_requires_grad, states))
     save_means = should_save_means(program, indices, weights_need, states_need)
-    call = _Call(states, indices, program, num_prefix_tokens, save_means, dtype, impl, module)
+
+    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
+        return module.fuse_forward(
+            call.states, weights, program, num_prefix_tokens, save_means, indices=call.indices, dtype=dtype
+        )
+
+    form = _Form(program, num_prefix_tokens, states[0].shape[1], save_means, dtype, impl, forward)
+    if signatures is not None and indices is None and not states_need and hasattr(module, "recording"):
+        form = form._replace(forward=_recorded(form, module, signatures, key_of(states[0], options)))
+    call = _Call(form, states, indices, ())
     if states_need:
         return _FuseOfTrainable.apply(call, weights, *states)
-    if weights_need:
-        return _FuseOfFrozen.apply(call, weights)
-    return call.run(weights)[0]
+    return _run(call, weights, weights_need)
+
+
+def fuse_again(signatures: Signatures, hidden_states: Any, weights: Any, options: tuple) -> Tensor | None:
+    """The mix, if a call of the same signature was kept by :func:`fuse`; None if not. To be called where :func:`is_plain`.
+
+    Args:
+        hidden_states: anything that the public function takes.
+        weights: a tensor, or None; anything else is not found.
+    """
+    if not (weights is None or isinstance(weights, Tensor)):
+        return None
+    found = signatures.find(hidden_states, weights, options)
+    if found is None:
+        return None
+    prepared, states, addresses = found
+    weights_need = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+    return _run(_Call(prepared.details, states, None, addresses), weights, weights_need)
+
+
+def _recorded(form: _Form, module: ModuleType, signatures: Signatures, key: tuple) -> Forward:
+    """The forward of ``form``, which also keeps what it launches for :func:`fuse_again`."""
+
+    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
+        with module.recording() as launches:
+            outputs = form.forward(call, weights)
+        replay = module.replay_of(launches, call.states, weights, outputs if form.save_means else outputs[:1])
+        if replay is not None:
+            signatures.add(key, call.states, weights, replay, form._replace(forward=_replayed(replay)))
+        return outputs
+
+    return forward
+
+
+def _replayed(replay: Any) -> Forward:
+    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
+        return replay.run(call.addresses, weights)
+
+    return forward
+
+
+def _run(call: _Call, weights: Tensor | None, weights_need: bool) -> Tensor:
+    return _FuseOfFrozen.apply(call, weights) if weights_need else call.form.forward(call, weights)[0]
 
 
 def should_save_means(program: MixProgram, indices: Tensor | None, weights_need: bool, states_need: bool) -> bool:
@@ -94,32 +151,32 @@ def should_save_means(program: MixProgram, indices: Tensor | None, weights_need:
     return weights_need and indices is None and not (states_need and program.has_norms) and worth_saving_means(program)
 
 
-def _save(ctx: Any, call: _Call, weights: Tensor | None, means: Tensor, states_need: bool) -> None:
+def _save(ctx: Any, call: _Call, weights: Tensor | None, outputs: tuple[Tensor, ...], states_need: bool) -> None:
+    form = call.form
     weights_need = weights is not None and weights.requires_grad
-    keeps_means, keeps_states = kept_for_backward(call.program, weights_need, states_need, call.save_means)
-    ctx.call = call._replace(states=())
-    ctx.num_tokens = call.states[0].shape[1]
+    keeps_means, keeps_states = kept_for_backward(form.program, weights_need, states_need, form.save_means)
+    ctx.form, ctx.indices = form, call.indices
     ctx.has = (keeps_means, weights is not None)
-    saved = [means if keeps_means else None, weights]
+    saved = [outputs[1] if keeps_means else None, weights]
     ctx.save_for_backward(*(tensor for tensor in saved if tensor is not None), *(call.states if keeps_states else ()))
 
 
 def _gradients(ctx: Any, grad_out: Tensor, needs_weights: bool, needs_states: bool) -> tuple[Tensor | None, list[Tensor]]:
-    call: _Call = ctx.call
+    form: _Form = ctx.form
     saved = list(ctx.saved_tensors)
     means, weights = (saved.pop(0) if has else None for has in ctx.has)
-    module = resolve_backward(call.impl, grad_out, saved, means, weights, call.program, call.indices)
+    module = resolve_backward(form.impl, grad_out, saved, means, weights, form.program, ctx.indices)
     grad_weights, grads = module.fuse_backward(
         grad_out,
         saved,
         means,
         weights,
-        call.program,
-        call.num_prefix_tokens,
-        ctx.num_tokens,
+        form.program,
+        form.num_prefix_tokens,
+        form.num_tokens,
         needs_weights,
         needs_states,
-        indices=call.indices,
+        indices=ctx.indices,
     )
     return grad_weights if grad_weights is None or weights is None else grad_weights.to(weights.dtype), grads
 
@@ -129,9 +186,9 @@ class _FuseOfFrozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, weights: Tensor) -> Tensor:
-        out, means = call.run(weights)
-        _save(ctx, call, weights, means, states_need=False)
-        return out
+        outputs = call.form.forward(call, weights)
+        _save(ctx, call, weights, outputs, states_need=False)
+        return outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -144,13 +201,13 @@ class _FuseOfTrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, weights: Tensor | None, *states: Tensor) -> Tensor:
-        out, means = call.run(weights)
-        _save(ctx, call, weights, means, states_need=True)
-        return out
+        outputs = call.form.forward(call, weights)
+        _save(ctx, call, weights, outputs, states_need=True)
+        return outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs_weights, needs_states = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         grad_weights, grads = _gradients(ctx, grad_out, needs_weights, True)
-        return None, grad_weights, *per_source(grads, ctx.call.program, needs_states)
+        return None, grad_weights, *per_source(grads, ctx.form.program, needs_states)

@@ -30,8 +30,9 @@ from igva_kernels.checks import (
 from igva_kernels.dispatch import resolve
 from igva_kernels.plan import FusionPlan
 from igva_kernels.program import MixProgram
+from igva_kernels.quick import signatures_of
 
-Implementation = Literal["auto", "triton", "torch", "reference"]
+Implementation = Literal["auto", "triton", "native", "torch", "reference"]
 Summary = Literal["cls", "mean_patch"]
 HiddenStates = Sequence[Tensor | None] | Tensor
 
@@ -105,11 +106,26 @@ def fuse(
             weights missing, superfluous or of a wrong shape, ``impl`` unknown or unable to run this input.
     """
     check_plan(plan)
+    options = (num_prefix_tokens, impl)
+    if eager.is_plain() and (fused := eager.fuse_again(signatures_of(plan), hidden_states, weights, options)) is not None:
+        return fused
     states = select_states(hidden_states, plan, plan.sources, num_prefix_tokens)
     check_impl(impl)
     values, indices = weights if isinstance(weights, SparseWeights) else (weights, None)
     check_weights(values, indices, plan, states[0], num_prefix_tokens)
-    return _run_fuse(states, values, indices, plan.program, num_prefix_tokens, None, impl)
+    if eager.is_plain(values, indices, *states):
+        return eager.fuse(
+            states,
+            values,
+            indices,
+            plan.program,
+            num_prefix_tokens,
+            None,
+            impl,
+            signatures=signatures_of(plan),
+            options=options,
+        )
+    return _fuse_operator(states, values, indices, plan.program, num_prefix_tokens, None, impl)
 
 
 def group_summaries(
@@ -241,10 +257,12 @@ def mix(
     values, indices = weights if isinstance(weights, SparseWeights) else (weights, None)
     check_weights(values, indices, plan, states[0], 0)
     dtype = None if states[0].dtype == group_means.dtype else group_means.dtype
-    return _run_fuse(states, values, indices, plan.mix_program, 0, dtype, impl)
+    if eager.is_plain(values, indices, *states):
+        return eager.fuse(states, values, indices, plan.mix_program, 0, dtype, impl)
+    return _fuse_operator(states, values, indices, plan.mix_program, 0, dtype, impl)
 
 
-def _run_fuse(
+def _fuse_operator(
     states: list[Tensor],
     weights: Tensor | None,
     indices: Tensor | None,
@@ -253,8 +271,6 @@ def _run_fuse(
     dtype: torch.dtype | None,
     impl: str,
 ) -> Tensor:
-    if eager.is_plain(weights, indices, *states):
-        return eager.fuse(states, weights, indices, program, num_prefix_tokens, dtype, impl)
     grad_enabled = torch.is_grad_enabled()
     weights_need = grad_enabled and weights is not None and weights.requires_grad
     states_need = grad_enabled and any(state.requires_grad for state in states)

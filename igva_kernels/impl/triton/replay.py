@@ -1,0 +1,130 @@
+"""Launching a kernel again, with other tensors of the same form.
+
+Triton binds the arguments of each launch anew: it asks every tensor for its type and alignment, makes a key of them and of
+the constants, and looks up the compiled kernel. For two dozen states that takes longer than the kernel runs on one image. But
+a call with the same signature leads to the same kernel, grid and constants; only the addresses differ. So one call is
+recorded, and later ones put their addresses in its place.
+
+Whoever replays has to know that the signature is the same: shapes, dtypes, strides, device, and that all tensors are aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import local
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One launch as it was made.
+
+    Attributes:
+        kernel: the compiled kernel.
+        grid: programs along three dimensions.
+        arguments: all arguments of the kernel in order, constants included.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+_recording = local()
+
+
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)``, written down where someone records."""
+    compiled = kernel[tuple(grid)](*arguments, **constants)
+    launches: list[Launch] | None = getattr(_recording, "launches", None)
+    if launches is not None and compiled is not None:  # the interpreter compiles nothing
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        launches.append(Launch(compiled, (*grid, 1, 1)[:3], tuple(given[name] for name in kernel.arg_names)))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """The launches that this thread makes meanwhile."""
+    launches: list[Launch] = []
+    _recording.launches = launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = None
+
+
+def replay_of(
+    launches: Sequence[Launch], states: Sequence[Tensor], weights: Tensor | None, outputs: Sequence[Tensor]
+) -> Replay | None:
+    """How to make the same call again; None if it was not one launch, or the kernel got tensors that are not the caller's.
+
+    Args:
+        launches: what was recorded of the call.
+        states, weights: what it was given.
+        outputs: what it made, each a new tensor.
+    """
+    if len(launches) != 1:
+        return None
+    given = [argument for argument in launches[0].arguments if isinstance(argument, Tensor)]
+    streams = [argument for argument in launches[0].arguments if isinstance(argument, tuple) and _holds_tensors(argument)]
+    expected = [*outputs] if weights is None else [weights, *outputs]
+    if len(streams) != 1 or not _same(streams[0], states) or not _same(given, expected):
+        return None
+    return Replay(launches[0], states[0].device, weights is not None, outputs)
+
+
+def _holds_tensors(values: tuple) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
+
+
+def _same(tensors: Sequence[Any], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(tensor is other for tensor, other in zip(tensors, others, strict=True))
+
+
+class Replay:
+    """A recorded launch that fills new outputs from new states. Made by :func:`replay_of`."""
+
+    def __init__(self, launch: Launch, device: torch.device, has_weights: bool, outputs: Sequence[Tensor]) -> None:
+        self._kernel, self._grid, arguments = launch
+        self._device = device
+        self._outputs = tuple((tuple(output.shape), output.dtype) for output in outputs)
+        self._states_at = next(
+            place for place, value in enumerate(arguments) if isinstance(value, tuple) and _holds_tensors(value)
+        )
+        places = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
+        self._weights_at = places.pop(0) if has_weights else None
+        self._outputs_at = places
+        held = {self._states_at, self._weights_at, *self._outputs_at}  # the first call's tensors are not kept alive
+        self._template = [None if place in held else value for place, value in enumerate(arguments)]
+
+    def can_run(self) -> bool:
+        """Whether nothing but the launch itself is wanted now: the device is current, and no profiler listens to Triton."""
+        return torch._C._cuda_getDevice() == self._device.index and triton.knobs.runtime.launch_enter_hook is None
+
+    def run(self, addresses: tuple[int, ...], weights: Tensor | None) -> tuple[Tensor, ...]:
+        """New outputs, from states at these addresses (each a multiple of 16) and weights like the recorded ones."""
+        arguments = self._template.copy()
+        arguments[self._states_at] = addresses
+        if self._weights_at is not None:
+            arguments[self._weights_at] = weights
+        outputs = []
+        for position, (shape, dtype) in zip(self._outputs_at, self._outputs, strict=True):
+            output = torch.empty(shape, dtype=dtype, device=self._device)
+            arguments[position] = output
+            outputs.append(output)
+        kernel = self._kernel
+        kernel.run(
+            *self._grid,
+            torch._C._cuda_getCurrentRawStream(self._device.index),
+            kernel.function,
+            kernel.packed_metadata,
+            None,
+            None,
+            None,
+            *arguments,
+        )
+        return tuple(outputs)
