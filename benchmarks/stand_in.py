@@ -1,9 +1,9 @@
 """A stand-in for the CUDA driver: Triton compiles for sm_90, binds and launches for real, and nothing runs.
 
-What a launch costs the host does not depend on what the kernel does. With a libcuda whose calls all succeed (``stand_in.c``), a
-machine without a GPU goes through the whole of it: the checks of the public function, the choice of the implementation, Triton's
-binding of the arguments, its launcher in C. The tensors lie in the memory of the CPU; what a launch would have written stays
-unwritten. Only the time inside the driver itself is missing, two to three microseconds on a machine with a GPU.
+What a launch costs the host does not depend on what the kernel does. With a libcuda whose calls all succeed (``stand_in.c``),
+a machine without a GPU goes through the whole of it: the checks of the public function, the choice of the implementation,
+Triton's binding of the arguments, its launcher in C. The tensors lie in the memory of the CPU; what a launch would have
+written stays unwritten. Only the time inside the driver itself is missing.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def stand_in_driver() -> Iterator[Launches]:
             mock.patch.object(torch._C, "_cuda_getDevice", lambda: None, create=True),  # the index of the device "cpu"
             mock.patch.object(torch.cuda, "current_device", lambda: 0),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-            # Kernels are made for the interpreter or the compiler when they are defined; afterwards the support check alone asks.
+            # A kernel is made for the interpreter or the compiler when it is defined; afterwards only check_supported asks.
             mock.patch.object(triton.knobs.runtime, "interpret", True),
             mock.patch.dict(dispatch._PREFERRED, {"cpu": ("triton",)}),
             mock.patch.object(driver, "_active", CudaDriver()),
