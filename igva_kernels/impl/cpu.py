@@ -177,7 +177,7 @@ def reduce_backward(
     ``states`` are needed where the program has norms.
     """
     wide = accumulation_dtype(grad_means.dtype)
-    maps = grad_means.unbind(0)
+    maps = grad_means.unbind(0) or (grad_means.new_empty(grad_means.shape[1:]),)  # a plan may have no group
     patches = [state.detach()[:, num_prefix_tokens:] for state in states or ()]
 
     def cotangent(g: int, tile: Tile) -> Tensor:

@@ -1,0 +1,103 @@
+"""The pool of threads: forks, callers on several threads, one thread."""
+
+import os
+import signal
+import threading
+import traceback
+
+import pytest
+import torch
+
+from igva_kernels import FusionPlan
+from igva_kernels.impl import native
+
+pytestmark = pytest.mark.usefixtures("_built")
+
+PLAN = FusionPlan.igva(8, 4)
+
+
+def run(case):
+    return native.fuse_forward(case.states, case.weights, case.plan.program, case.num_prefix_tokens, False)[0]
+
+
+def exit_status_of_child(work) -> int:
+    """Of a forked child that does some work; one that hangs is ended by a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_has_a_pool_of_its_own(make_case, many_threads):
+    many_threads(3)
+    case = make_case(PLAN, tokens=60)
+    expected = run(case)  # the parent's threads are running now
+
+    def work():
+        for _ in range(20):
+            assert torch.equal(run(case), expected)
+        assert exit_status_of_child(lambda: run(case)) == 0  # and a child of the child
+
+    assert exit_status_of_child(work) == 0
+    assert torch.equal(run(case), expected)
+
+
+def test_a_child_forked_while_another_thread_works(make_case, many_threads):
+    many_threads(3)
+    case = make_case(PLAN, tokens=200, width=256)
+    expected = run(case)
+    stop = threading.Event()
+
+    def keep_working():
+        while not stop.is_set():
+            run(case)
+
+    thread = threading.Thread(target=keep_working)
+    thread.start()
+    try:
+        statuses = [exit_status_of_child(lambda: [run(case) for _ in range(3)]) for _ in range(10)]
+    finally:
+        stop.set()
+        thread.join()
+    assert statuses == [0] * 10
+    assert torch.equal(run(case), expected)
+
+
+def test_callers_on_several_threads_share_nothing(make_case, many_threads):
+    many_threads(3)
+    cases = [make_case(PLAN, torch.bfloat16, tokens=100) for _ in range(4)]
+    expected = [run(case) for case in cases]
+    wrong = []
+
+    def call(case, want):
+        for _ in range(50):
+            if not torch.equal(run(case), want):
+                wrong.append(case)
+
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(cases, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_one_thread_starts_no_other(make_case, many_threads):
+    many_threads(1)
+    case = make_case(PLAN, tokens=60)
+
+    def work():  # a child begins without threads of the pool
+        before = len(os.listdir("/proc/self/task"))
+        run(case)
+        assert len(os.listdir("/proc/self/task")) == before
+        torch.set_num_threads(3)
+        run(case)
+        assert len(os.listdir("/proc/self/task")) == before + 2
+
+    assert exit_status_of_child(work) == 0
