@@ -10,7 +10,7 @@ PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model slow wheel-test quickstart \
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model fuzz slow wheel-test quickstart \
         benchmark gpu clean
 
 help:  ## this list
@@ -34,12 +34,14 @@ lint: install  ## ruff and mypy
 
 test: lint test-library test-interpret test-aot test-model test-gpu  ## all tests but the slow tier, under 15 minutes on two cores
 
-test-library: install  ## the library in plain torch: plans, operators, golden data, benchmarks' own code
-	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/benchmarks
+test-library: install  ## the library on a CPU: plans, operators, towers, golden data, random cases, benchmarks' own code
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/native tests/towers tests/deformable tests/fuzz \
+	    tests/benchmarks
 
 # Triton's interpreter and its compiler cannot share a process.
 test-interpret: install  ## the kernels' meaning, in Triton's interpreter
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/interpret
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow" tests/fuzz
 
 test-aot: install  ## the kernels' machine code, compiled ahead of time
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/aot
@@ -49,6 +51,13 @@ test-model: install  ## model, training, command line, documents
 
 test-gpu: install  ## the kernels on a card; skips with one line where there is none
 	$(RUN) -m pytest -q tests/gpu || [ $$? -eq 5 ]
+
+# A failing case prints the seed and the number that repeat it.
+N    ?= 10000
+SEED ?= $(shell date +%s)
+fuzz: install  ## N random cases (10000) through the CPU paths, and a tenth of them through the interpreted kernels
+	FUZZ_EXAMPLES=$(N) FUZZ_SEED=$(SEED) $(PYTEST) $(PARALLEL) tests/fuzz
+	TRITON_INTERPRET=1 FUZZ_EXAMPLES=$$(( $(N) / 10 )) FUZZ_SEED=$(SEED) $(PYTEST) $(PARALLEL) tests/fuzz
 
 slow: install wheel-test  ## the slow tier: long commands with --smoke, and the wheel
 	$(RUN) -m pytest -q -m slow tests

@@ -18,7 +18,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["igva_kernels", "igva_kernels.*", "model", "model.*"]),
-    package_data={"model": ["recipes/*.yaml", "quickstart/requirements.txt", "quickstart/sprites/*"]},
+    package_data={
+        "igva_kernels": ["impl/native/*.c"],
+        "model": ["recipes/*.yaml", "quickstart/requirements.txt", "quickstart/sprites/*"],
+    },
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         # CUDA builds of torch bring their own triton; a CPU user needs none.
@@ -35,6 +38,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3",
+            "hypothesis>=6",
             "ruff",
             "mypy",
             "build",
