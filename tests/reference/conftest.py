@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igva_kernels import FusionPlan, Layer, Mean, Weighted
+from igva_kernels import FusionPlan, Layer, Mean, Norm, Weighted
 
 PLANS = {
     "igva": FusionPlan.igva(8, 4),
@@ -22,6 +22,16 @@ PLANS = {
     "two_weighted": FusionPlan(4, (Weighted(((1,), (2, 3))), Layer(-1), Weighted(((1, 2), (3, 4))))),
     "repeated_group": FusionPlan(4, (Weighted(((1, 2), (3, 4))), Weighted(((1, 2), (3, 4))))),
     "same_group_plain_and_weighted": FusionPlan(4, (Mean((1, 2)), Weighted(((1, 2), (3,))))),
+    "plus": FusionPlan(4, (Weighted(((1,), (2, 3)), plus=2), Layer(4))),
+    "norms": FusionPlan(
+        5,
+        (
+            Weighted(((1, 2), (2, 3, 4)), plus=2, norm=Norm("layer")),
+            Mean((2, 4), norm=Norm("rms", eps=1e-6)),
+            Weighted(((1, 2),)),  # the same layers as a normalised group, as they are
+            Layer(2),
+        ),
+    ),
 }
 
 
@@ -55,10 +65,17 @@ def make_weights() -> Callable[..., Tensor | None]:
 
 @pytest.fixture
 def formula() -> Callable[..., Tensor]:
-    """The mix written once more as a dense coefficient tensor: out[b, n, s] = sum_l C[b, n, s, l] h_l[b, n + P].
+    """The mix written once more as a dense coefficient tensor: out[b, n, s] = sum_l C[b, n, s, l] norm_s(h_l[b, n + P]).
 
     It shares no code with the package beyond the plan's slots.
     """
+
+    def normalised(stacked: Tensor, norm: Norm | None) -> Tensor:
+        if norm is None:
+            return stacked
+        if norm.kind == "layer":
+            stacked = stacked - stacked.mean(-1, keepdim=True)
+        return stacked / (stacked.square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
     def dense(hidden_states: list[Tensor], plan: FusionPlan, weights: Tensor | None, num_prefix_tokens: int) -> Tensor:
         stacked = torch.stack(hidden_states)[:, :, num_prefix_tokens:]  # (L+1, B, N, D)
@@ -71,17 +88,21 @@ def formula() -> Callable[..., Tensor]:
         slots, column = [], 0
         for slot in plan.slots:
             coefficients = stacked.new_zeros(batch, patches, layers)
+            members, plus = stacked, 0
             if isinstance(slot, Layer):
                 coefficients[..., slot.index] = 1
             elif isinstance(slot, Mean):
+                members = normalised(stacked, slot.norm)
                 coefficients[..., list(slot.layers)] = 1 / len(slot.layers)
             else:
+                members = normalised(stacked, slot.norm)
+                plus = 0 if slot.plus is None else stacked[slot.plus]
                 for group in slot.groups:
                     share = torch.zeros(layers, dtype=stacked.dtype)
                     share[list(group)] = 1 / len(group)
                     coefficients = coefficients + weights[..., column, None] * share
                     column += 1
-            slots.append(torch.einsum("bnl,lbnd->bnd", coefficients, stacked))
+            slots.append(torch.einsum("bnl,lbnd->bnd", coefficients, members) + plus)
         return torch.cat(slots, dim=-1)
 
     return dense

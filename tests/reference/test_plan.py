@@ -1,8 +1,8 @@
-"""Plans: presets with the published indices, resolution of indices, errors that name the layer and the depth."""
+"""Plans: resolution of indices, compilation to programs, errors that name the layer and the depth. IGVA's own presets."""
 
 import pytest
 
-from igva_kernels import FusionPlan, Layer, Mean, Weighted
+from igva_kernels import FusionPlan, Layer, Mean, Norm, Weighted
 from igva_kernels.program import decode_program
 
 
@@ -51,6 +51,49 @@ def test_programs_survive_the_operators_list_of_ints(plan):
     assert decode_program(plan.program.over_means().encode()) == plan.program.over_means()
 
 
+def test_presets_are_made_as_the_class_that_is_asked():
+    class Mine(FusionPlan):
+        pass
+
+    assert type(Mine.igva(4, 2)) is Mine and Mine.igva(4, 2) != FusionPlan.igva(4, 2)
+
+
+def test_a_group_is_distinct_by_its_layers_and_by_its_norm():
+    norm = Norm("layer")
+    program = FusionPlan(3, (Weighted(((1, 2),), norm=norm), Weighted(((1, 2),)), Mean((1, 2), norm=norm))).program
+    assert program.groups == ((0, 1), (0, 1))
+    assert program.norms == (norm, None)
+    assert program.has_norms and program.num_weighted_groups == 2
+    assert not FusionPlan.igva(4, 2).program.has_norms
+
+
+def test_normalised_layers_are_gradient_classes_of_their_own():
+    program = FusionPlan(4, (Weighted(((1, 2), (3, 4)), norm=Norm("rms")),)).program
+    assert program.class_of_source == (0, 1, 2, 3)
+    plain = FusionPlan(4, (Weighted(((1, 2), (3, 4))),)).program
+    assert plain.class_of_source == (0, 0, 1, 1)
+
+
+def test_the_layer_beside_a_weighted_sum_takes_no_weight():
+    plan = FusionPlan(4, (Weighted(((1, 2),), plus=-1),))
+    assert plan.num_groups == 1 and plan.groups == ((1, 2),)
+    assert plan.sources == (1, 2, 4) and plan.summary_sources == (1, 2)
+    assert plan.slots == (Weighted(((1, 2),), plus=4),)
+
+
+def test_summaries_are_of_the_states_as_they_are():
+    plan = FusionPlan(4, (Weighted(((1, 2), (3,)), plus=4, norm=Norm("layer")),))
+    assert plan.summary_program == FusionPlan(4, (Weighted(((1, 2), (3,))),)).summary_program
+    assert not plan.mix_program.has_norms  # it runs over finished means
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.1, 3.0])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norm_crosses_the_operators_list_of_ints_to_the_last_bit(kind, eps):
+    program = FusionPlan(2, (Mean((1, 2), norm=Norm(kind, eps)),)).program
+    assert decode_program(program.encode()).norms == (Norm(kind, eps),)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -66,6 +109,10 @@ def test_programs_survive_the_operators_list_of_ints(plan):
         (lambda: FusionPlan.igva_average(4, groups=[[1], [2, 3]]), ["equal size", "FusionPlan.igva"]),
         (lambda: FusionPlan(0, (Layer(0),)), ["num_layers", "at least 1"]),
         (lambda: FusionPlan(3, ()), ["slots is empty"]),
+        (lambda: FusionPlan(3, (Weighted(((1,),), plus=4),)), ["slot 0, plus", "layer 4", "3 layers"]),
+        (lambda: Norm("batch"), ["kind", "'layer'", "'rms'", "'batch'"]),
+        (lambda: Norm("rms", eps=-1e-5), ["eps", "-1e-05"]),
+        (lambda: Norm("rms", eps=float("nan")), ["eps", "nan"]),
     ],
 )
 def test_value_errors_say_what_was_got_and_what_helps(make, words):
@@ -76,7 +123,15 @@ def test_value_errors_say_what_was_got_and_what_helps(make, words):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: FusionPlan(3, (1,)), lambda: FusionPlan(3, (Layer(1.0),)), lambda: FusionPlan("3", (Layer(1),))]
+    "make",
+    [
+        lambda: FusionPlan(3, (1,)),
+        lambda: FusionPlan(3, (Layer(1.0),)),
+        lambda: FusionPlan("3", (Layer(1),)),
+        lambda: FusionPlan(3, (Mean((1,), norm="layer"),)),
+        lambda: FusionPlan(3, (Weighted(((1,),), norm=1e-5),)),
+        lambda: FusionPlan.layers(3, ["1"]),
+    ],
 )
 def test_wrong_types_are_type_errors(make):
     with pytest.raises(TypeError):
