@@ -12,8 +12,12 @@ from torch import Tensor
 
 from igva_kernels.program import MixProgram
 
-MODULES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
+MODULES = {"reference": "reference", "torch": "cpu", "native": "native", "triton": "triton"}
 """Name of an implementation, as users write it, and its module in :mod:`igva_kernels.impl`."""
+
+
+_PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}
+"""What ``"auto"`` tries on a device, before plain torch, which runs everything."""
 
 
 @cache
@@ -50,10 +54,12 @@ def resolve(
         ValueError: a named implementation cannot run them; the text says why.
     """
     if impl == "auto":
-        if states[0].is_cuda and _triton_installed():
-            triton = implementation("triton")
-            if triton.check_supported(states, weights, program, num_prefix_tokens, indices=indices) is None:
-                return triton
+        for name in _PREFERRED.get(states[0].device.type, ()):
+            if name == "triton" and not _triton_installed():
+                continue
+            module = implementation(name)
+            if module.check_supported(states, weights, program, num_prefix_tokens, indices=indices) is None:
+                return module
         return implementation("torch")
     module = implementation(impl)
     reason = module.check_supported(states, weights, program, num_prefix_tokens, indices=indices)
