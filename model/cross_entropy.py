@@ -2,18 +2,22 @@
 
 Legend: M labelled positions · H width of the language model · V vocabulary · C positions of a chunk.
 
-At 16 samples of 700 tokens and V = 32,064 the full logits are 1.4 GB in fp32, and the softmax and its gradient as much again each.
-Here the gradient is computed chunk by chunk in the forward pass, where the logits of the chunk are at hand (as
-linkedin/Liger-Kernel: src/liger_kernel/ops/fused_linear_cross_entropy.py does in Triton), and the backward pass only scales it. What was
-weighed:
+At 16 samples of 700 tokens and V = 32,064 the full logits are 1.4 GB in fp32, and the softmax and its gradient as much again
+each. Here the gradient is computed chunk by chunk in the forward pass, where the logits of the chunk are at hand (as
+linkedin/Liger-Kernel: src/liger_kernel/ops/fused_linear_cross_entropy.py does in Triton), and the backward pass only scales it.
+What was weighed:
 
-* against ``torch.utils.checkpoint`` on each chunk: that computes the logits twice (four products of M x H x V instead of three), and
-  autograd adds the chunks' weight gradients in the weight's dtype, each rounded. Here the sum over chunks is kept in fp32 and rounded once.
-* what is held from forward to backward: (M, H) in the states' dtype and, where the head learns, (V, H) in the weight's. The backward of
-  the loss runs first, so both are gone before the language model's activations are needed. A frozen head costs neither its
-  gradient's product nor its memory.
-* ZeRO-3 and FSDP2 gather the head's weight by hooks on the module's call. So the chunks run inside ONE call of the head, whatever their
-  number is: ranks with unequal numbers of labels gather equally often. A batch without labels runs one chunk of no positions.
+* against ``torch.utils.checkpoint`` on each chunk: that computes the logits twice (four products of M x H x V, not three),
+  and autograd adds the chunks' weight gradients in the weight's dtype, each rounded. Here the sum over chunks is kept in fp32
+  and rounded once.
+* what is held from forward to backward: (M, H) in the states' dtype and, where the head learns, (V, H) in the weight's. The
+  backward of the loss runs first, so both are gone before the language model's activations are needed. A frozen head costs
+  neither its gradient's product nor its memory.
+* ZeRO-3 and FSDP2 gather the head's weight by hooks on the module's call. So all chunks run inside ONE call of the head, however
+  many they are: ranks with unequal numbers of labels gather equally often. A batch without labels runs one chunk of no
+  positions.
+* adapters on the head would need the gradient of their factors from each chunk, or W + B·A of (V, H) in every step: refused, as
+  no published recipe has them there. Quantised heads are refused too.
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Logits of a chunk: 134 MB in fp32 (and half of that in bf16 beside it), a tenth of what a batch of 16 x 700 positions would need. At V
-#: = 32,064 that is 1,024 positions. A chunk of C positions does 2·C·H·V operations on a weight of 2·H·V bytes in bf16: C operations
-#: a byte, where an H100 is in balance at about 300 (989 TFLOP/s, 3.35 TB/s). Larger chunks gain nothing, and smaller ones than about 600
-#: positions would wait for the weight's memory.
+#: Logits of a chunk: 134 MB in fp32 (and half of that in bf16 beside it), a tenth of what 16 x 700 positions would need. At
+#: V = 32,064 that is 1,024 positions. A chunk of C positions does 2·C·H·V operations on a weight of 2·H·V bytes in bf16, C
+#: operations a byte; an H100 is in balance at about 300 (989 TFLOP/s, 3.35 TB/s), so reading the weight anew in each chunk does
+#: not bound the product. Below a few hundred positions it would.
 LOGITS_PER_CHUNK = 2**25
 
 #: Chunks are multiples of this where they can be, for the tiles of tensor cores.
@@ -61,8 +65,8 @@ class LanguageModelHead(nn.Linear):
             return linear
         if type(linear) is not nn.Linear:
             raise TypeError(
-                f"the language model's head must be nn.Linear, got {type(linear).__name__}; keep the head out of quantisation and "
-                "out of the adapters' target modules"
+                f"the language model's head must be nn.Linear, got {type(linear).__name__}; keep the head out of "
+                "quantisation and out of the adapters' target modules"
             )
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight, head.bias = linear.weight, linear.bias
@@ -79,8 +83,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``Σ_m −log softmax(W h_m + b)[target_m]``, with logits of at most ``logits_per_chunk`` elements alive at once.
 
-    Under autocast the products run in its dtype. Softmax, loss and the sums over chunks are in fp32, or float64 for float64 inputs.
-    Chunks are summed in order: the same bits on every run. The gradient can be taken once; torch refuses a second time.
+    Under autocast the products run in its dtype. Softmax, loss and the sums over chunks are in fp32, or float64 for float64
+    inputs. Chunks are summed in order: the same bits on every run. The gradient can be taken once; torch refuses a second time.
 
     Args:
         hidden_states: (M, H), floating point.
@@ -155,8 +159,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: another (V, H) would double what the head's gradient takes. torch notices the change if the same graph is run
-        # backward again, and refuses.
+        # In place: another (V, H) would double what the head's gradient takes. torch notices the change if the same graph is
+        # run backward again, and refuses.
         grad_states, grad_weight, grad_bias = (None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors)
         return grad_states, None, grad_weight, grad_bias, None, None
 
