@@ -13,7 +13,7 @@ What was weighed:
 * what is held from forward to backward: (M, H) in the states' dtype and, where the head learns, (V, H) in the weight's. The
   backward of the loss runs first, so both are gone before the language model's activations are needed. A frozen head costs
   neither its gradient's product nor its memory.
-* ZeRO-3 and FSDP2 gather the head's weight by hooks on the module's call. So all chunks run inside ONE call of the head, however
+* ZeRO-3 and FSDP2 gather the head's weight by hooks on the call of the module. So all chunks run in ONE call, however
   many they are: ranks with unequal numbers of labels gather equally often. A batch without labels runs one chunk of no
   positions.
 * adapters on the head would need the gradient of their factors from each chunk, or W + B·A of (V, H) in every step: refused, as
