@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from igva_kernels.plan import FusionPlan, Mean, Weighted
 from igva_kernels.program import Norm
 
@@ -77,12 +75,14 @@ def schedule_of(plan: FusionPlan) -> Schedule:
     return getattr(plan, _ATTRIBUTE)
 
 
-# torch.compile can neither trace the making of plans nor guard what a constant function returns, but it reads an attribute of a
-# plan that it already knows.
-@torch.compiler.assume_constant_result
 def _attach_schedule(plan: FusionPlan) -> None:
     if not hasattr(plan, _ATTRIBUTE):
         object.__setattr__(plan, _ATTRIBUTE, _make_schedule(plan))
+
+
+# torch.compile can neither trace the making of plans nor guard what a constant function returns, but it reads an attribute of a
+# plan that it knows. This is the mark of torch.compiler.assume_constant_result, which would import torch._dynamo, and triton.
+_attach_schedule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make_schedule(plan: FusionPlan) -> Schedule:
