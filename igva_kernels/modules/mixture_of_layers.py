@@ -87,7 +87,9 @@ class MixtureOfLayersRouter(nn.Module):
         self.temperature = temperature
         key_dim = vision_dim if key_dim is None else key_dim
         self.query = nn.Linear(text_dim, key_dim, bias=False)
-        self.key = nn.Linear(vision_dim, key_dim, bias=False)
+        # Not a Linear: it is never called, and a sharding wrapper gathers only what the module that runs holds itself.
+        self.key_weight = nn.Parameter(torch.empty(key_dim, vision_dim))
+        nn.init.kaiming_uniform_(self.key_weight, a=5**0.5)  # as a Linear starts
         if level == "hybrid":
             self.reserve_column = self._column_of(reserve)
             self.blend = nn.Linear(text_dim, 1)
@@ -124,7 +126,7 @@ class MixtureOfLayersRouter(nn.Module):
         text_embeds = text_embeds.to(self.query.weight.dtype)
         states = select_states(hidden_states, self.plan, [group[0] for group in self.plan.groups], num_prefix_tokens)
         # q·(W_K h) = (W_K^T q)·h
-        direction = self.query(text_embeds) @ self.key.weight / self.key.out_features**0.5  # (B, D)
+        direction = self.query(text_embeds) @ self.key_weight / self.key_weight.shape[0] ** 0.5  # (B, D)
         if self.level == "layer":
             means = group_summaries(
                 hidden_states, self.plan, num_prefix_tokens=num_prefix_tokens, summary="mean_patch", impl=self.impl

@@ -138,6 +138,25 @@ def test_weights_of_a_module_in_bfloat16_are_computed_in_float32(states):
     assert torch.equal(out.fused, fusion.norm(mixed))
 
 
+MODULES = {
+    "scalar_mix": (lambda: ScalarMix(FusionPlan.scalar_mix(6)), False),
+    "tgif": (lambda: TGIFFusion(FusionPlan.tgif(6), vision_dim=8, text_dim=10), True),
+    "vip_llava": (lambda: VipLlavaFusion(FusionPlan.layers(6, (-2, 3)), 8), False),
+    "multi_layer_sum": (lambda: MultiLayerSum(FusionPlan.mean_of_normalised_layers(6)), False),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_in_one_graph_equals_eager(name, states):
+    make, takes_text = MODULES[name]
+    module = make().double()
+    arguments = (torch.randn(2, 10, dtype=torch.float64),) if takes_text else ()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    eager, out = (run(states, *arguments, num_prefix_tokens=1) for run in (module, compiled))
+    eager, out = (result if isinstance(result, torch.Tensor) else result.fused for result in (eager, out))
+    torch.testing.assert_close(out, eager, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -38,7 +38,7 @@ def published(router, level, states, text):
 
         def distribution(tokens, query=query):
             """softmax over the layers for tokens (L, D)."""
-            keys = tokens @ router.key.weight.T
+            keys = tokens @ router.key_weight.T
             return (keys @ query / math.sqrt(7) / router.temperature).softmax(0)
 
         patches = torch.stack([state[image, 1:] for state in states[1:]])  # (L, N, D)
@@ -118,6 +118,22 @@ def test_states_in_bfloat16_give_weights_in_float32(states, text):
     routing = router(narrow, text, num_prefix_tokens=1)
     assert routing.weights.values.dtype == torch.float32
     assert fuse(narrow, router.plan, routing.weights, num_prefix_tokens=1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("level", ["layer", "patch", "hybrid"])
+def test_compiled_in_one_graph_equals_eager(level, states, text):
+    router = make_router(level)
+
+    def run(states, text):
+        return fuse(states, router.plan, router(states, text, num_prefix_tokens=1).weights, num_prefix_tokens=1)
+
+    parameters = list(router.parameters())
+    expected = run(states, text)
+    want = torch.autograd.grad(expected.square().sum(), parameters)
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(states, text)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(out.square().sum(), parameters), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 PLAN = FusionPlan.mixture_of_layers(LAYERS)
