@@ -47,9 +47,9 @@ def multi_scale_deformable_attention(
         attention_weights: (B, Q, H, L, P); usually a softmax over L and P together.
         impl: ``"auto"`` takes the Triton kernels where they can run, else plain torch; a named implementation never gives way.
         deterministic: how the kernels sum the gradient of the value; everything else has a fixed order anyway. True: sorted by
-            cell and summed in a fixed order, the same bits on every run. False: atomic additions, in float32. None: True
-            if ``torch.are_deterministic_algorithms_enabled()``, else what is expected to be faster
-            (``impl/triton/deformable.py`` says why).
+            cell and summed in a fixed order, the same bits on every run. False: atomic additions in float32, unless
+            ``torch.use_deterministic_algorithms`` forbids them. None: what is expected to be the better one, at present
+            the fixed order (``gathers_value_gradient`` in ``impl/triton/deformable.py`` says why).
 
     Returns:
         (B, Q, H*C) in the dtype of ``value``, contiguous.

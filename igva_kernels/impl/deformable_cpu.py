@@ -112,19 +112,20 @@ class _Corners(NamedTuple):
 def _corners_of(value: Tensor, spatial_shapes: SpatialShapes, locations: Tensor) -> _Corners:
     batch, num_cells, num_heads, _ = value.shape
     device = value.device
-    heights = torch.tensor([[height] for height, _ in spatial_shapes], device=device)  # (L, 1)
-    widths = torch.tensor([[width] for _, width in spatial_shapes], device=device)
+    outside = batch * num_cells * num_heads
+    integer = torch.int32 if outside < 2**31 else torch.int64  # sorting the narrower one takes a quarter of the time
+    heights = torch.tensor([[height] for height, _ in spatial_shapes], device=device, dtype=integer)  # (L, 1)
+    widths = torch.tensor([[width] for _, width in spatial_shapes], device=device, dtype=integer)
     x, y = locations[..., 0] * widths - 0.5, locations[..., 1] * heights - 0.5  # (B, Q, H, L, P)
     inside = (x > -1) & (x < widths) & (y > -1) & (y < heights)  # False for NaN
     x, y = x.where(inside, 0), y.where(inside, 0)
     left, top = x.floor(), y.floor()
-    column, row = left.long(), top.long()
+    column, row = left.to(integer), top.to(integer)
 
-    image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1)
-    head = torch.arange(num_heads, device=device).view(1, 1, -1, 1, 1)
-    first = (heights * widths).cumsum(0) - heights * widths  # (L, 1), the first cell of each level
+    image = torch.arange(batch, device=device, dtype=integer).view(-1, 1, 1, 1, 1)
+    head = torch.arange(num_heads, device=device, dtype=integer).view(1, 1, -1, 1, 1)
+    first = (heights * widths).cumsum(0, dtype=integer) - heights * widths  # (L, 1), the first cell of each level
     upper_left = ((row * widths + column + first) + image * num_cells) * num_heads + head
-    outside = batch * num_cells * num_heads
     upper, lower = inside & (row >= 0), inside & (row + 1 < heights)
     on_the_left, on_the_right = column >= 0, column + 1 < widths
     rows = torch.stack(
@@ -157,7 +158,7 @@ def _grad_of_rows(grad_rows: Tensor, rows: Tensor, shares: Tensor, num_rows: int
     """(num_rows, C): for each row of the table, the sum of the ``grad_rows`` that it has a share in, by ascending query."""
     per_bag = rows[0, 0, 0].numel() if rows.numel() else 1
     sorted_rows, order = rows.flatten().sort(stable=True)
-    starts = torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, device=rows.device))
+    starts = torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, device=rows.device, dtype=rows.dtype))
     return F.embedding_bag(order // per_bag, grad_rows, starts, per_sample_weights=shares.flatten()[order], mode="sum")[
         :-1
     ]  # the last bag is what is outside
