@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.functional import HiddenStates, Implementation, Summary, fuse, group_summaries_and_states
+from igva_kernels.functional import (
+    GroupMeans,
+    HiddenStates,
+    Implementation,
+    Summary,
+    fuse,
+    group_summaries_and_states,
+    mix,
+)
 from igva_kernels.modules.allocator import WeightAllocator
 from igva_kernels.plan import FusionPlan
 
@@ -53,29 +61,61 @@ class IGVAFusion(nn.Module):
         self.allocator = allocator
 
     def forward(
-        self, hidden_states: HiddenStates, instruction_embeds: Tensor | None, *, num_prefix_tokens: int
+        self,
+        hidden_states: HiddenStates,
+        instruction_embeds: Tensor | None,
+        *,
+        num_prefix_tokens: int,
+        image_to_sentence: Tensor | None = None,
     ) -> IGVAFusionOutput:
-        """Fuse.
+        """Fuse the hidden states of a tower.
 
         Args:
             hidden_states: as for :func:`igva_kernels.fuse`.
-            instruction_embeds: (B, E), one sentence embedding an image. None gives every group the weight 1/K, which for equal
-                groups is the plain average of stage 1.
+            instruction_embeds: (B, E), one sentence embedding an image, or with ``image_to_sentence`` (sentences, E). None
+                gives every group the weight 1/K, which for equal groups is the plain average of stage 1.
             num_prefix_tokens: P.
+            image_to_sentence: (B,) in int64, the row of ``instruction_embeds`` that each image belongs to: the tiles of one
+                picture, or several pictures of one question, share a sentence. Each is weighed by its own summaries.
 
         Raises:
-            ValueError: as :func:`igva_kernels.fuse`, :func:`igva_kernels.group_summaries` and :class:`WeightAllocator`.
+            TypeError: ``image_to_sentence`` is not int64.
+            ValueError: as :func:`igva_kernels.fuse`, :func:`igva_kernels.group_summaries` and :class:`WeightAllocator`; a map
+                without sentences, or of another shape than (B,).
+            IndexError: a row that is not there (on a GPU: an assertion on the device).
         """
         summaries, hidden_states = group_summaries_and_states(
             hidden_states, self.plan, num_prefix_tokens=num_prefix_tokens, summary=self.summary, impl=self.impl
         )
-        if instruction_embeds is None:
-            num_groups = self.plan.num_groups
-            weights = summaries.new_full((summaries.shape[0], num_groups), 1.0 / num_groups, dtype=_wide(summaries))
-        else:
-            weights = self.allocator(summaries, instruction_embeds)
+        weights = self._weights(summaries, instruction_embeds, image_to_sentence)
         fused = fuse(hidden_states, self.plan, weights, num_prefix_tokens=num_prefix_tokens, impl=self.impl)
         return IGVAFusionOutput(fused, weights)
+
+    def mix(
+        self, group_means: GroupMeans, instruction_embeds: Tensor | None, *, image_to_sentence: Tensor | None = None
+    ) -> IGVAFusionOutput:
+        """Fuse what a streaming tower has kept; the same result as :meth:`forward` for means in float32.
+
+        Args:
+            group_means: of this module's plan and kind of summary, from :func:`igva_kernels.towers.stream_group_means` or
+                :func:`igva_kernels.reduce_groups`.
+            instruction_embeds, image_to_sentence: as for :meth:`forward`.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`forward`; ``group_means`` of another plan.
+        """
+        if group_means.summaries is None:
+            raise ValueError("group_means has no summaries: it is of a plan without weighted groups; reduce with this plan")
+        weights = self._weights(group_means.summaries, instruction_embeds, image_to_sentence)
+        return IGVAFusionOutput(mix(group_means, self.plan, weights, impl=self.impl), weights)
+
+    def _weights(self, summaries: Tensor, instruction_embeds: Tensor | None, image_to_sentence: Tensor | None) -> Tensor:
+        if image_to_sentence is not None:
+            instruction_embeds = _sentence_of_each_image(instruction_embeds, image_to_sentence, summaries.shape[0])
+        if instruction_embeds is None:
+            num_groups = self.plan.num_groups
+            return summaries.new_full((summaries.shape[0], num_groups), 1.0 / num_groups, dtype=_wide(summaries))
+        return self.allocator(summaries, instruction_embeds)
 
     def extra_repr(self) -> str:
         return f"num_layers={self.plan.num_layers}, num_groups={self.plan.num_groups}, summary={self.summary!r}"
@@ -83,3 +123,17 @@ class IGVAFusion(nn.Module):
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _sentence_of_each_image(instruction_embeds: Tensor | None, image_to_sentence: Tensor, num_images: int) -> Tensor:
+    """(sentences, E) to (B, E)."""
+    if instruction_embeds is None:
+        raise ValueError("image_to_sentence given without instruction_embeds: there are no sentences to point at; pass both")
+    if image_to_sentence.dtype != torch.int64:
+        raise TypeError(f"image_to_sentence must be int64, got {image_to_sentence.dtype}; convert it with .long()")
+    if tuple(image_to_sentence.shape) != (num_images,):
+        raise ValueError(
+            f"image_to_sentence has the shape {tuple(image_to_sentence.shape)}, expected (B,) = ({num_images},): "
+            "the row of instruction_embeds for each image or tile"
+        )
+    return instruction_embeds.index_select(0, image_to_sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -141,7 +140,6 @@ class Recorder:
         self.maps.append(weakref.ref(output))
 
     def living(self) -> list[int]:
-        gc.collect()
         return [number for number, reference in enumerate(self.maps, start=1) if reference() is not None]
 
 
