@@ -71,14 +71,14 @@ def test_gradients_of_the_states_have_the_bits_of_plain_torch_on_every_processor
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_bits_on_any_number_of_threads(threads, shape, plan, make_case, many_threads):
     case = make_case(plan, torch.bfloat16, tokens=60, shape=shape)
     many_threads(1)
     alone_weights, alone = backward(native, case)
     many_threads(threads)
-    for _ in range(20):
+    for _ in range(5):
         grad_weights, grads = backward(native, case)
         assert all(torch.equal(a, b) for a, b in zip(grads, alone, strict=True))
         assert grad_weights is None or torch.equal(grad_weights, alone_weights)

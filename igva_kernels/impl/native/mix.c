@@ -205,39 +205,56 @@ INLINE void sum_streams(int type, int streams, const char *const *from, int64_t 
     const char *stream[MAX_STREAMS];
     for (int s = 0; s < streams; s++) stream[s] = from[s];
     const floats factor = splat(scale);
-    FOR_STEPS(width, {
-        step total = load(type, stream[0], index, count);
-        if (!first) {
-            /* The sum so far is in order, so every addend must be. */
-            total = add(load_scratch(sum, index), in_order(type, total));
-            for (int s = 1; s < streams; s++) total = add(total, in_order(type, load(type, stream[s], index, count)));
-        } else {
-            for (int s = 1; s < streams; s++) total = add(total, load(type, stream[s], index, count));
-            total = in_order(type, total);
+    for (int64_t index = 0; index < width; index += STEP) {
+        step total = load(type, stream[0], index, STEP);
+        if (!first) total = add(load_scratch(sum, index), in_order(type, total)); /* that sum is in order, so all must be */
+        for (int s = 1; s < streams; s++) {
+            const step next = load(type, stream[s], index, STEP);
+            total = add(total, first ? next : in_order(type, next));
         }
+        if (first) total = in_order(type, total);
         store_scratch(sum, index, multiply(total, factor));
-    });
+    }
+}
+
+/* sum = scale * ((sum if not first) + from[0] + from[1] + ...), added in this order; whole steps. */
+static __attribute__((noinline)) void sum_steps(int type, int streams, const char *const *from, int64_t width, float *sum,
+                                                int first, float scale)
+{
+#define SUM_STREAMS(n)                                                                           \
+    case n:                                                                                      \
+        if (first)                                                                               \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 1, scale));                    \
+        else                                                                                     \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 0, scale));                    \
+        break;
+    switch (streams) {
+        SUM_STREAMS(1)
+        SUM_STREAMS(2)
+        SUM_STREAMS(3)
+        SUM_STREAMS(4)
+        SUM_STREAMS(6)
+        SUM_STREAMS(MAX_STREAMS)
+    }
+#undef SUM_STREAMS
 }
 
 /* sum = scale * (from[0] + from[1] + ...), added in this order. */
-INLINE void sum_rows(int type, const char *const *from, int64_t streams, int64_t width, float *sum, float scale)
+static void sum_rows(int type, const char *const *from, int64_t streams, int64_t width, float *sum, float scale)
 {
-    for (int64_t done = 0; done < streams;) {
+    const int64_t whole = width / STEP * STEP, rest = (width - whole) * size_of(type);
+    int now = 0;
+    for (int64_t done = 0; done < streams; done += now) {
         const int64_t left = streams - done;
-        const int now = left < MAX_STREAMS ? (int)left : MAX_STREAMS;
-        const int first = done == 0;
+        now = left >= MAX_STREAMS ? MAX_STREAMS : left >= 6 ? 6 : left == 5 ? 4 : (int)left;
         const float factor = now == left ? scale : 1.0f;
-        switch (now) {
-        case 1: sum_streams(type, 1, from + done, width, sum, first, factor); break;
-        case 2: sum_streams(type, 2, from + done, width, sum, first, factor); break;
-        case 3: sum_streams(type, 3, from + done, width, sum, first, factor); break;
-        case 4: sum_streams(type, 4, from + done, width, sum, first, factor); break;
-        case 5: sum_streams(type, 5, from + done, width, sum, first, factor); break;
-        case 6: sum_streams(type, 6, from + done, width, sum, first, factor); break;
-        case 7: sum_streams(type, 7, from + done, width, sum, first, factor); break;
-        default: sum_streams(type, MAX_STREAMS, from + done, width, sum, first, factor); break;
+        sum_steps(type, now, from + done, whole, sum, done == 0, factor);
+        if (rest) {
+            char ends[MAX_STREAMS][STEP * 4] = {{0}};
+            const char *end[MAX_STREAMS];
+            for (int s = 0; s < now; s++) end[s] = memcpy(ends[s], from[done + s] + whole * size_of(type), (size_t)rest);
+            sum_steps(type, now, end, STEP, sum + whole, done == 0, factor);
         }
-        done += now;
     }
 }
 
@@ -446,7 +463,7 @@ static void mean_row(const struct groups *groups, int64_t g, const struct map *m
     const float scale = (float)(1.0 / (double)count);
     const char *from[count];
     for (int64_t m = 0; m < count; m++) from[m] = row_of(maps + member[m], image, row);
-    FOR_TYPE(type, sum_rows(TYPE, from, count, width, mean, scale));
+    sum_rows(type, from, count, width, mean, scale);
 }
 
 /* ---- forward ---------------------------------------------------------------------------------------------------------- */
