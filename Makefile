@@ -35,7 +35,7 @@ lint: install  ## ruff and mypy
 test: lint test-library test-interpret test-aot test-model test-gpu  ## all tests but the slow tier, under 15 minutes on two cores
 
 test-library: install  ## the library on a CPU: plans, operators, towers, golden data, random cases, benchmarks' own code
-	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/native tests/towers tests/deformable tests/fuzz \
+	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/native tests/towers tests/deformable tests/patch tests/fuzz \
 	    tests/benchmarks
 
 # Triton's interpreter and its compiler cannot share a process.
