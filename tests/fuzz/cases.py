@@ -16,7 +16,9 @@ SHARINGS = ("all", "image", "token", "sparse")
 """Weights (K,), (B, K), (B, N, K), and (values, indices) of (B, N, k) each."""
 
 STATE_LAYOUTS = ("contiguous", "first rows of a longer sequence", "last rows of a longer sequence")
-STRIDED_STATE_LAYOUTS = (*STATE_LAYOUTS, "channels of a wider map", "transposed")
+ROW_LAYOUTS = (*STATE_LAYOUTS, "channels of a wider map")
+ALL_LAYOUTS = (*ROW_LAYOUTS, "transposed")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRAD_LAYOUTS = (
     "contiguous",
     "rows of a longer sequence",
@@ -71,6 +73,7 @@ class Limits:
     """What an implementation can run, and how large its cases may be.
 
     Args:
+        dtypes: of the states.
         access_bytes: D is a multiple of so many bytes.
         layouts: of the states.
         max_batch: largest B.
@@ -82,8 +85,9 @@ class Limits:
         truncates: whether a store to bfloat16 cuts bits off instead of rounding, as Triton's interpreter does.
     """
 
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     access_bytes: int = 1
-    layouts: tuple[str, ...] = STRIDED_STATE_LAYOUTS
+    layouts: tuple[str, ...] = ALL_LAYOUTS
     max_batch: int = 4
     max_layers: int = 9
     max_image_bytes: int = 8192
@@ -122,7 +126,7 @@ def plans(draw: st.DrawFn, limits: Limits) -> FusionPlan:
 def cases(draw: st.DrawFn, limits: Limits) -> Case:
     """Any case within the limits."""
     plan = draw(plans(limits))
-    dtype = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)))
+    dtype = draw(st.sampled_from(limits.dtypes))
     sharing = draw(st.sampled_from(limits.sharings)) if plan.num_groups else None
     prefix = draw(st.sampled_from((1, 0, 5, 2)))
     by_row = limits.max_rows is not None and (sharing in ("token", "sparse") or plan.program.has_norms)

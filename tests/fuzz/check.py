@@ -43,10 +43,11 @@ def check_two_steps(case: Case, impl: str, limits: Limits) -> None:
         narrow = run_two_steps(case, inputs, impl, None)
     assert torch.equal(bits(one), bits(two)), "with wide means two steps give other bits than one"
     assert narrow.dtype == case.dtype and narrow.is_contiguous()
-    # the gradient of a layer that is copied and averaged comes in two parts, each rounded to the dtype of the states
-    compare(case, Results(two.detach(), *grads), inputs, limits, states_stored_as=case.dtype)
+    # The gradient of a mean is stored in the dtype of the states, and so are the two parts of that of a layer that is copied as
+    # well as averaged, before they are added.
+    compare(case, Results(two.detach(), *grads), inputs, limits, states_stored=2)
     exact, magnitude = exact_results(case, inputs).out, magnitudes(case, inputs).out
-    within("output of 16-bit means", narrow.detach(), exact, magnitude, roundings_of_a_mix(case), limits, stored_as=case.dtype)
+    within("output of 16-bit means", narrow.detach(), exact, magnitude, roundings_of_a_mix(case), limits, stored=(case.dtype,))
 
 
 def check_summaries(case: Case, impl: str, limits: Limits, summary: str) -> None:
@@ -141,14 +142,14 @@ def differentiate(case: Case, inputs: Inputs, out: Tensor) -> tuple[Tensor | Non
     return grad_values, {layer: grad[:, case.prefix :] for layer, grad in grads.items()}
 
 
-def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_stored_as: torch.dtype | None = None) -> None:
-    """Every element within its bound, see :mod:`fuzz.formula`. States' gradients may come in parts of ``states_stored_as``."""
+def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_stored: int = 0) -> None:
+    """Every element within its bound, see :mod:`fuzz.formula`; the gradients of the states are stored so often on their way."""
     exact, magnitude = exact_results(case, inputs), magnitudes(case, inputs)
     terms = roundings_of_a_mix(case)
     within("output", actual.out, exact.out, magnitude.out, terms, limits)
     for layer, grad in actual.grad_states.items():
         expected = exact.grad_states[layer], magnitude.grad_states[layer]
-        within(f"gradient of layer {layer}", grad, *expected, terms, limits, stored_as=states_stored_as)
+        within(f"gradient of layer {layer}", grad, *expected, terms, limits, stored=(case.dtype,) * states_stored)
     if actual.grad_values is not None:
         per_token = case.sharing in ("token", "sparse")
         images = case.batch if case.sharing == "all" else 1
@@ -162,7 +163,7 @@ def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_
             + 4
             * round(products**0.5),  # a long sum in any order but the worst (Higham and Mary, SIAM J. Sci. Comput. 41, 2019)
             limits,
-            stored_as=case.dtype,  # the group means, which a frozen tower keeps for the backward
+            stored=(case.dtype,),  # the group means, which a frozen tower keeps for the backward
         )
 
 
@@ -180,19 +181,19 @@ def within(
     magnitude: Tensor,
     roundings: int,
     limits: Limits,
-    stored_as: torch.dtype | None = None,
+    stored: tuple[torch.dtype, ...] = (),
 ) -> None:
     """Assert the bound: roundings of the arithmetic times the magnitude, and one rounding of the result at its store.
 
     Args:
-        stored_as: dtype in which a factor of the products was stored in between.
+        stored: the dtypes in which factors of the products, or parts of the sum, were stored in between.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     assert actual.isfinite().all(), f"{what}: not finite"
-    arithmetic = torch.float64 if actual.dtype == torch.float64 and stored_as in (None, torch.float64) else torch.float32
+    arithmetic = torch.float64 if {actual.dtype, *stored} == {torch.float64} else torch.float32
     bound = roundings * unit(arithmetic) * magnitude
-    if stored_as is not None:
-        bound = bound + store_unit(stored_as, limits) * magnitude
+    for dtype in stored:
+        bound = bound + store_unit(dtype, limits) * magnitude
     bound = bound + store_unit(actual.dtype, limits) * (exact.abs() + bound) + smallest(actual.dtype)
     error = (actual.double() - exact).abs()
     assert (error <= bound).all(), (

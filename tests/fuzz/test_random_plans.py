@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from fuzz.cases import SHARINGS, STATE_LAYOUTS, Case, Limits, cases
+from fuzz.cases import DTYPES, ROW_LAYOUTS, SHARINGS, STATE_LAYOUTS, Case, Limits, cases
 from fuzz.check import check_determinism, check_fuse, check_summaries, check_two_steps
+
+from igva_kernels.dispatch import implementation
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Eight programs a launch or fewer: at some 15 ms a program a case takes a fraction of a second.
@@ -24,11 +26,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         )
     }
 else:
-    IMPLEMENTATIONS = {"reference": Limits(), "torch": Limits()}
+    IMPLEMENTATIONS = {
+        "reference": Limits(),
+        "torch": Limits(),
+        "native": Limits(dtypes=DTYPES[:3], layouts=ROW_LAYOUTS, sharings=SHARINGS[:3], norms=False),
+        "auto": Limits(),
+    }
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and (reason := implementation("native").why_unavailable()):
+        pytest.skip(reason)
     return request.param
 
 
