@@ -8,6 +8,7 @@
 Importing this needs torch alone: neither triton nor a GPU nor transformers.
 """
 
+from igva_kernels.deformable import MultiScaleDeformableAttention, ms_deform_attn, multi_scale_deformable_attention
 from igva_kernels.functional import (
     GroupMeans,
     SparseWeights,
@@ -27,6 +28,7 @@ __all__ = [
     "GroupMeans",
     "Layer",
     "Mean",
+    "MultiScaleDeformableAttention",
     "Norm",
     "SparseWeights",
     "Weighted",
@@ -34,5 +36,7 @@ __all__ = [
     "group_summaries",
     "group_summaries_and_states",
     "mix",
+    "ms_deform_attn",
+    "multi_scale_deformable_attention",
     "reduce_groups",
 ]

@@ -97,9 +97,9 @@ def gathers_value_gradient(deterministic: bool | None) -> bool:
     """Whether cells gather what was read from them, in a fixed order, or samples add to them, atomically.
 
     Predicted for MMFuser's cross-attention (B = 16, Q = 576, 16 heads, 4 levels, 4 points, C = 64, bfloat16: 2.4 million
-    samples): adding sends 2.4 GB of float32 to the atomic units of the L2 cache, beside 0.4 GB to fill the sums with zeros and to round
-    them; gathering reads 1.2 GB of bfloat16 and 0.3 GB of samples, mostly from that cache, beside 0.3 GB for the sort. That is
-    0.6 to 1.0 ms against 0.8 ms, no difference that a prediction could tell, and so the order that is the same on every run is
-    the default.
+    samples): adding sends 2.4 GB of float32 to the atomic units of the L2 cache, beside 0.4 GB to fill the sums with zeros
+    and to round them; gathering reads 1.2 GB of bfloat16 and 0.3 GB of samples, mostly from that cache, beside 0.3 GB for
+    the sort. That is 0.6 to 1.0 ms against 0.8 ms, no difference that a prediction could tell, and so the order that is the
+    same on every run is the default.
     """
     return deterministic is not False or torch.are_deterministic_algorithms_enabled()
