@@ -206,7 +206,7 @@ def _run_forward(
         addressof(layout.copy_start),
         addressof(layout.copy_source),
         addressof(layout.copy_slot),
-        addressof(sources),
+        sources.buffer_info()[0],
         None if out is None else out.data_ptr(),
         means.data_ptr(),
     )
@@ -263,8 +263,8 @@ def _run_backward(
         addressof(layout.needed),
         Map(*maps([cotangent], 0)),
         slot_stride,
-        addressof(of_sources),
-        addressof(of_grads),
+        of_sources.buffer_info()[0],
+        of_grads.buffer_info()[0],
         None if partials is None else partials.data_ptr(),
         grad_weights.data_ptr() if grad_weights is not None and per_token else None,
     )

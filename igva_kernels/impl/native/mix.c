@@ -16,12 +16,15 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { LANES = 8, STEP = 2 * LANES, MAX_STREAMS = 8 };
+enum { LARGE = 4 << 20 }; /* bytes from which large pages are worth a call to the system */
 enum { PLAIN = -1 }; /* the column of a term that has the constant weight 1 */
 
 typedef float floats __attribute__((vector_size(32)));
@@ -113,6 +116,11 @@ INLINE step load_step(int type, const char *address)
     return (step){from_float16(low), from_float16(high)};
 }
 
+INLINE halves narrow(int type, floats value)
+{
+    return type == BFLOAT16 ? __builtin_convertvector(round_bfloat16(value) >> 16, halves) : to_float16(value);
+}
+
 INLINE void store_step(int type, char *address, step value)
 {
     if (type == FLOAT32) {
@@ -120,16 +128,34 @@ INLINE void store_step(int type, char *address, step value)
         memcpy(address + sizeof value.low, &value.high, sizeof value.high);
         return;
     }
-    halves low, high;
-    if (type == BFLOAT16) {
-        low = __builtin_convertvector(round_bfloat16(value.low) >> 16, halves);
-        high = __builtin_convertvector(round_bfloat16(value.high) >> 16, halves);
-    } else {
-        low = to_float16(value.low);
-        high = to_float16(value.high);
-    }
+    const halves low = narrow(type, value.low), high = narrow(type, value.high);
     memcpy(address, &low, sizeof low);
     memcpy(address + sizeof low, &high, sizeof high);
+}
+
+/* As store_step, past the caches, for what is read again only much later: memory is written without being read first, and the
+ * caches keep what is being read. The address is a multiple of 32. finish_streams before another thread may look. */
+INLINE void stream_step(int type, char *address, step value)
+{
+#ifdef __AVX__
+    if (type == FLOAT32) {
+        _mm256_stream_ps((float *)address, (__m256)value.low);
+        _mm256_stream_ps((float *)(address + sizeof value.low), (__m256)value.high);
+        return;
+    }
+    const halves low = narrow(type, value.low), high = narrow(type, value.high);
+    _mm_stream_si128((__m128i *)address, (__m128i)low);
+    _mm_stream_si128((__m128i *)(address + sizeof low), (__m128i)high);
+#else
+    store_step(type, address, value);
+#endif
+}
+
+INLINE void finish_streams(void)
+{
+#ifdef __AVX__
+    _mm_sfence();
+#endif
 }
 
 /* ``count`` elements from ``index`` on; zeros beyond. */
@@ -274,9 +300,26 @@ INLINE void load_row(int type, const char *from, float *to, int64_t width)
     FOR_STEPS(width, { store_scratch(to, index, in_order(type, load(type, from, index, count))); });
 }
 
+INLINE int may_stream(const char *to) { return (uintptr_t)to % sizeof(floats) == 0; }
+
 INLINE void store_row(int type, char *to, const float *from, int64_t width)
 {
     FOR_STEPS(width, { store(type, to, index, count, load_scratch(from, index)); });
+}
+
+INLINE void stream_row(int type, char *to, const float *from, int64_t width)
+{
+    const int64_t whole = may_stream(to) ? width / STEP * STEP : 0;
+    for (int64_t i = 0; i < whole; i += STEP) stream_step(type, to + i * size_of(type), load_scratch(from, i));
+    store_row(type, to + whole * size_of(type), from + whole, width - whole);
+}
+
+/* A row as it is, bit for bit. */
+static void stream_copy(char *to, const char *from, int64_t bytes)
+{
+    const int64_t size = sizeof(step), whole = may_stream(to) ? bytes / size * size : 0;
+    for (int64_t i = 0; i < whole; i += size) stream_step(FLOAT32, to + i, load_step(FLOAT32, from + i));
+    memcpy(to + whole, from + whole, (size_t)(bytes - whole));
 }
 
 /* The dot product of a row in scratch with a row of a map, in lanes whose number and order are fixed. */
@@ -401,6 +444,23 @@ static int take(int64_t *next, int64_t total, int64_t threads, int64_t *begin, i
     return 1;
 }
 
+/* ---- fresh memory ----------------------------------------------------------------------------------------------------- */
+
+/* The C library returns large blocks to the system when they are freed (glibc: all above 32 MiB, others from the heap's end), so
+ * that outputs are often fresh memory, whose pages are faulted in and zeroed when they are first written. In pages of 4 KiB that
+ * takes longer than the mix. Ask for large ones; this is advice, and may be ignored. */
+static void advise_large_pages(char *data, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
+    if (bytes >= LARGE) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data;
+    (void)bytes;
+#endif
+}
+
 /* ---- what both directions share --------------------------------------------------------------------------------------- */
 
 struct shape {
@@ -497,7 +557,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
             mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean);
             if (g < job->num_means) {
                 char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes;
-                FOR_TYPE(job->out_type, store_row(TYPE, to, mean, width));
+                FOR_TYPE(job->out_type, stream_row(TYPE, to, mean, width));
             }
             for (int64_t u = first_use; u < last_use; u++) {
                 const int64_t slot = groups->use_slot[u];
@@ -528,10 +588,17 @@ static void forward_work(void *argument, int64_t worker)
     while (take(&shape->next, shape->batch * chunks_of_image(shape), shape->threads, &begin, &end))
         for (int64_t number = begin; number < end; number++)
             forward_chunk(job, chunk_at(shape, number), shape->scratch + worker * shape->scratch_size);
+    finish_streams();
 }
 
 /* Scratch: (1 + S * rows_per_chunk) padded rows a thread. */
-void igva_forward(struct forward *job) { run_on(job->shape.threads, forward_work, job); }
+void igva_forward(struct forward *job)
+{
+    const int64_t map = job->shape.batch * job->shape.rows * job->shape.width * size_of((int)job->out_type);
+    advise_large_pages(job->out, map * job->num_slots);
+    advise_large_pages(job->means, map * job->num_means);
+    run_on(job->shape.threads, forward_work, job);
+}
 
 /* ---- backward --------------------------------------------------------------------------------------------------------- */
 
@@ -604,11 +671,11 @@ static void backward_row(const struct backward *job, int64_t image, int64_t row,
             continue;
         }
         if (terms == 1 && classes->term_column[first] == PLAIN && classes->term_scale[first] == 1.0f) {
-            memcpy(to, from + classes->term_slot[first] * job->slot_stride, (size_t)(width * size));
+            stream_copy(to, from + classes->term_slot[first] * job->slot_stride, width * size);
             continue;
         }
         sum_terms(job, c, cotangents, image, row, total);
-        FOR_TYPE(job->grad_type, store_row(TYPE, to, total, width));
+        FOR_TYPE(job->grad_type, stream_row(TYPE, to, total, width));
     }
 }
 
@@ -633,10 +700,17 @@ static void backward_work(void *argument, int64_t worker)
     while (take(&shape->next, shape->batch * chunks_of_image(shape), shape->threads, &begin, &end))
         for (int64_t number = begin; number < end; number++)
             backward_chunk(job, number, shape->scratch + worker * shape->scratch_size);
+    finish_streams();
 }
 
 /* Scratch: (S + 1) padded rows a thread. */
-void igva_backward(struct backward *job) { run_on(job->shape.threads, backward_work, job); }
+void igva_backward(struct backward *job)
+{
+    const int64_t rows = job->shape.batch * (job->shape.rows + job->prefix);
+    for (int64_t c = 0; c < job->classes.count; c++)
+        advise_large_pages(row_of(job->grads + c, 0, -job->prefix), rows * job->shape.width * size_of((int)job->grad_type));
+    run_on(job->shape.threads, backward_work, job);
+}
 
 /* sums[b, k] = the partial sums of image b's chunks, in their order; b = 0 alone, over all images, if ``shared``. */
 void igva_sum_partials(const double *partials, int64_t batch, int64_t chunks, int64_t num_weights, int64_t shared, float *sums)
