@@ -10,10 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from igva_kernels import FusionPlan
-
-#: Tokens before the patches, by model type of the tower. DINOv2 and ViT have a CLS token as CLIP has; SigLIP pools by attention
-#: and has none; registers are counted by :func:`num_prefix_tokens_of`.
-_PREFIX_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 1, "siglip_vision_model": 0, "vit": 1}
+from igva_kernels.towers import num_prefix_tokens_of
 
 _IGVA_DEFAULTS: dict[str, Any] = {
     "type": "igva",
@@ -27,8 +24,9 @@ _IGVA_DEFAULTS: dict[str, Any] = {
     "hidden_dim": 1024,
     "num_blocks": 4,
     "num_heads": 4,
+    "streaming": "auto",
 }
-_LLAVA_DEFAULTS: dict[str, Any] = {"type": "llava", "layer": -2}
+_LLAVA_DEFAULTS: dict[str, Any] = {"type": "llava", "layer": -2, "streaming": "auto"}
 _FUSION_DEFAULTS = {"igva": _IGVA_DEFAULTS, "llava": _LLAVA_DEFAULTS}
 
 
@@ -42,12 +40,17 @@ class IgvaLlavaConfig(PreTrainedConfig):
         fusion: which layers are mixed, and how; missing keys take their defaults, unknown keys are refused.
 
             ``{"type": "igva", "num_groups": 4, "groups": None, "base": -2, "order": "fused_first", "stage": 2, "summary":
-            "cls", "text_dim": 768, "hidden_dim": 1024, "num_blocks": 4, "num_heads": 4}``: the plan as in
+            "cls", "text_dim": 768, "hidden_dim": 1024, "num_blocks": 4, "num_heads": 4, "streaming": "auto"}``: the plan as in
             :meth:`igva_kernels.FusionPlan.igva`; ``stage`` 1 is the plain average (the allocator is not run), 2 the weights of
             the instruction; ``text_dim`` is the width of the sentence embeddings (768 for all-mpnet-base-v2); the other sizes
             are those of :class:`igva_kernels.modules.WeightAllocator`.
 
-            ``{"type": "llava", "layer": -2}``: one layer, as LLaVA-1.5.
+            ``{"type": "llava", "layer": -2, "streaming": "auto"}``: one layer, as LLaVA-1.5.
+
+            ``streaming`` says how the tower runs: layer by layer, where a frozen tower's groups are reduced as soon as they are
+            complete and layers that the plan does not read are neither run nor held (``True``, which raises for towers that
+            cannot), by its own ``forward``, which returns all hidden states (``False``), or the first where it can be done
+            (``"auto"``, see :func:`igva_kernels.towers.unsupported_reason`). The result is the same.
         image_token_id: id of ``<image>`` in the tokenizer; every placeholder with it is overwritten by an image feature.
         image_size: side of the square images that the processor makes; by default the one that the tower was trained with.
         num_prefix_tokens: tokens before the patches; None takes it from the tower's model type. Needed for types that the
@@ -162,22 +165,6 @@ def image_grid(height: int, width: int, patch_size: int, token_pooling: int | No
     return rows // token_pooling, columns // token_pooling
 
 
-def num_prefix_tokens_of(vision_config: PreTrainedConfig) -> int:
-    """P of a tower: the CLS and register tokens before the patches.
-
-    Raises:
-        ValueError: the model type is not in the table; guessing would shift every patch.
-    """
-    model_type = vision_config.model_type
-    if model_type not in _PREFIX_TOKENS:
-        raise ValueError(
-            f"the number of prefix tokens of a {model_type!r} tower is not known (known: {sorted(_PREFIX_TOKENS)}); "
-            "pass num_prefix_tokens=..., the count of CLS and register tokens before the patches"
-        )
-    registers = vision_config.num_register_tokens if model_type == "dinov2_with_registers" else 0
-    return _PREFIX_TOKENS[model_type] + registers
-
-
 def _sub_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         # A composite config sets the attention of its parts to its own, which would reach into a loaded part.
@@ -206,6 +193,8 @@ def _complete_fusion(fusion: dict | None) -> dict[str, Any]:
     if unknown := sorted(set(fusion) - set(defaults)):
         raise ValueError(f"fusion has the unknown keys {unknown}; type {kind!r} knows {sorted(defaults)}")
     complete = {**defaults, **fusion}
+    if complete["streaming"] not in (True, False, "auto"):
+        raise ValueError(f"fusion streaming must be True, False or 'auto', got {complete['streaming']!r}")
     if kind == "igva":
         check_stage(complete["stage"])
         if complete["summary"] not in ("cls", "mean_patch"):

@@ -19,15 +19,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from igva_kernels import fuse
+from igva_kernels import FusionPlan, GroupMeans, fuse, mix
 from igva_kernels.modules import IGVAFusion, WeightAllocator
+from igva_kernels.towers import selected_hidden_states, stream_group_means, unsupported_reason
 from model.configuration import IgvaLlavaConfig, check_stage, image_grid
 from model.loss import token_exact_loss
 
 logger = logging.get_logger(__name__)
 
 #: What only the first step of generate() reads: later steps see the images through the cache.
-_IMAGE_INPUTS = ("pixel_values", "instruction_embeds", "mm_encoder_outputs", "image_to_sample")
+_IMAGE_INPUTS = ("pixel_values", "instruction_embeds", "image_to_sentence", "mm_encoder_outputs", "image_to_sample")
 
 
 @dataclass
@@ -187,52 +188,80 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         self.config.fusion = {**self.config.fusion, "stage": stage}
 
     def get_image_features(
-        self, pixel_values: Tensor, instruction_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        instruction_embeds: Tensor | None = None,
+        image_to_sentence: Tensor | None = None,
+        **kwargs: Any,
     ) -> IgvaLlavaImageFeatures:
         """Run the tower, fuse its layers, pool and project.
 
-        The tower builds no graph when none of its parameters requires a gradient.
+        The tower builds no graph when none of its parameters requires a gradient. ``config.fusion["streaming"]`` says whether
+        it runs layer by layer.
 
         Args:
-            pixel_values: (B, 3, height, width).
-            instruction_embeds: (B, E), one sentence embedding an image; not read in stage 1. None in stage 2 gives every group
-                the weight 1/K.
+            pixel_values: (B, 3, height, width); the tiles of one picture are images like any other.
+            instruction_embeds: (B, E), one sentence embedding an image, or with ``image_to_sentence`` (sentences, E); not read
+                in stage 1. None in stage 2 gives every group the weight 1/K.
+            image_to_sentence: (B,) in int64, the row of ``instruction_embeds`` for each image; None where there is one each.
             kwargs: taken for the sake of generate(), which passes ``return_dict``; not read.
 
         Raises:
-            ValueError: shapes that do not fit the model.
+            TypeError: ``image_to_sentence`` is not int64.
+            ValueError: shapes that do not fit the model, or a tower that cannot run layer by layer where streaming is True.
         """
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (images, 3, height, width)")
-        fused, weights = self._fuse(self._hidden_states(pixel_values), instruction_embeds)
+        plan = self._plans[self.fusion_stage or 1]
+        maps = self._run_tower(pixel_values, plan)
+        fused, weights = self._fuse(maps, plan, instruction_embeds, image_to_sentence)
         tokens = self._pool(fused, *pixel_values.shape[-2:])
         return IgvaLlavaImageFeatures(pooler_output=self.multi_modal_projector(tokens), fusion_weights=weights)
 
-    def _hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def _run_tower(self, pixel_values: Tensor, plan: FusionPlan) -> GroupMeans | tuple[Tensor | None, ...]:
+        """The group means of a frozen tower that can run layer by layer; else hidden states."""
+        tower, fusion = self.vision_tower, self.config.fusion
+        pixel_values = pixel_values.to(tower.dtype)
         options: dict[str, Any] = {}
-        native = self.vision_tower.config.image_size
+        native = tower.config.image_size
         if self._tower_interpolates_on_request and tuple(pixel_values.shape[-2:]) != (native, native):
             options["interpolate_pos_encoding"] = True
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(self.vision_tower)):
-            outputs = self.vision_tower(
-                pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **options
+        trains = torch.is_grad_enabled() and _is_trainable(tower)
+        obstacle = unsupported_reason(tower) if fusion["streaming"] else "it is switched off"
+        if obstacle is None and trains:
+            return selected_hidden_states(tower, pixel_values, plan, **options)
+        if obstacle is None:
+            num_prefix_tokens = self.config.num_prefix_tokens
+            return stream_group_means(
+                tower, pixel_values, plan, num_prefix_tokens=num_prefix_tokens, summary=fusion.get("summary"), **options
             )
+        if fusion["streaming"] is True:
+            raise ValueError(f"the tower cannot run layer by layer: {obstacle}; set fusion={{'streaming': 'auto', ...}}")
+        with torch.set_grad_enabled(trains):
+            outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **options)
         return outputs.hidden_states
 
-    def _fuse(self, hidden_states: tuple[Tensor, ...], instruction_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _fuse(
+        self,
+        maps: GroupMeans | tuple[Tensor | None, ...],
+        plan: FusionPlan,
+        instruction_embeds: Tensor | None,
+        image_to_sentence: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         num_prefix_tokens = self.config.num_prefix_tokens
-        plan = self._plans[self.fusion_stage or 1]
         if plan.num_groups == 0:
-            return fuse(hidden_states, plan, num_prefix_tokens=num_prefix_tokens), None
+            if isinstance(maps, GroupMeans):
+                return mix(maps, plan), None
+            return fuse(maps, plan, num_prefix_tokens=num_prefix_tokens), None
         if self.fusion_stage == 1:
-            fused, _ = self.fusion(hidden_states, None, num_prefix_tokens=num_prefix_tokens)
+            fused, _ = self.fusion(maps, None, num_prefix_tokens=num_prefix_tokens)
             return fused, None
         if instruction_embeds is None:
             logger.warning_once(
                 "No instruction_embeds given: every group of layers gets the same weight, as in stage 1. "
                 "Pass instruction_embeds (one per image) to let the instruction choose."
             )
-        return self.fusion(hidden_states, instruction_embeds, num_prefix_tokens=num_prefix_tokens)
+        return self.fusion(maps, instruction_embeds, num_prefix_tokens=num_prefix_tokens, image_to_sentence=image_to_sentence)
 
     def _pool(self, fused: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C) to (B, N', C): the mean of squares of ``token_pooling`` x ``token_pooling`` tokens."""
@@ -259,6 +288,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        image_to_sentence: Tensor | None = None,
         mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None = None,
         **kwargs: Any,
     ) -> IgvaLlavaModelOutput:
@@ -267,9 +297,10 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         Args:
             input_ids: (rows, length), with one ``image_token_id`` for each image token.
             pixel_values: (B, 3, height, width), the images of all rows in reading order.
-            instruction_embeds: (B, E), one sentence embedding an image.
+            instruction_embeds: (B, E), one sentence embedding an image, or with ``image_to_sentence`` (sentences, E).
             attention_mask, position_ids, past_key_values: as for the language model.
             inputs_embeds: (rows, length, H) in place of ``input_ids``; then there can be no images.
+            image_to_sentence: see :meth:`get_image_features`.
             mm_encoder_outputs: ``{"image": features}``, the result of :meth:`get_image_features`, in place of ``pixel_values``.
             kwargs: passed to the language model.
 
@@ -279,7 +310,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        features = self._image_features(pixel_values, instruction_embeds, mm_encoder_outputs)
+        features = self._image_features(pixel_values, instruction_embeds, image_to_sentence, mm_encoder_outputs)
         if input_ids is not None:
             is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -307,13 +338,14 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         self,
         pixel_values: Tensor | None,
         instruction_embeds: Tensor | None,
+        image_to_sentence: Tensor | None,
         mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None,
     ) -> IgvaLlavaImageFeatures | None:
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if encoded is not None:
                 raise ValueError("pass the images once: pixel_values or mm_encoder_outputs, not both")
-            return self.get_image_features(pixel_values, instruction_embeds)
+            return self.get_image_features(pixel_values, instruction_embeds, image_to_sentence)
         if instruction_embeds is not None and encoded is None:
             raise ValueError("instruction_embeds given without pixel_values: there is no image to weigh the layers of")
         return encoded
@@ -379,10 +411,14 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         self.model.set_fusion_stage(stage)
 
     def get_image_features(
-        self, pixel_values: Tensor, instruction_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        instruction_embeds: Tensor | None = None,
+        image_to_sentence: Tensor | None = None,
+        **kwargs: Any,
     ) -> IgvaLlavaImageFeatures:
         """See :meth:`IgvaLlavaModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, instruction_embeds, **kwargs)
+        return self.model.get_image_features(pixel_values, instruction_embeds, image_to_sentence, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -399,6 +435,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         image_to_sample: Tensor | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        image_to_sentence: Tensor | None = None,
         mm_encoder_outputs: dict[str, IgvaLlavaImageFeatures] | None = None,
         **kwargs: Any,
     ) -> IgvaLlavaOutput:
@@ -408,7 +445,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
 
         Args:
             input_ids, pixel_values, instruction_embeds, attention_mask, position_ids, past_key_values, inputs_embeds,
-                mm_encoder_outputs: see :meth:`IgvaLlavaModel.forward`.
+                image_to_sentence, mm_encoder_outputs: see :meth:`IgvaLlavaModel.forward`.
             labels: (rows, length), not shifted; -100 where there is nothing to learn.
             num_items_in_batch: labels of the whole optimizer step, as the Trainer passes it; None for those of this batch.
             image_to_sample: (B,), the row of ``input_ids`` that each image belongs to; None counts the placeholders. Only the
@@ -428,6 +465,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_to_sentence=image_to_sentence,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -484,7 +522,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         Versions that encode the images before this point do that themselves; older ones repeat image by image, [A, A, B, B],
         which gives a text with two images the same image twice.
         """
-        names = [name for name in ("pixel_values", "instruction_embeds") if name in model_kwargs]
+        names = [name for name in ("pixel_values", "instruction_embeds", "image_to_sentence") if name in model_kwargs]
         images: dict[str, Any] = {name: model_kwargs.pop(name) for name in names}
         pixel_values = images.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
@@ -492,7 +530,11 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             owners = self._rows_of_images(input_ids, len(pixel_values), rows * columns)
             of_row = [(owners == row).nonzero().flatten() for row in range(len(input_ids))]
             order = torch.cat([own for own in of_row for _ in range(expand_size)])
-            images = {name: value if value is None else value[order] for name, value in images.items()}
+            shared = images.get("image_to_sentence") is not None  # then the sentences stay as they are
+            images = {
+                name: value if value is None or (shared and name == "instruction_embeds") else value[order]
+                for name, value in images.items()
+            }
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

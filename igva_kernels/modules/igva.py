@@ -62,28 +62,41 @@ class IGVAFusion(nn.Module):
 
     def forward(
         self,
-        hidden_states: HiddenStates,
+        hidden_states: HiddenStates | GroupMeans,
         instruction_embeds: Tensor | None,
         *,
-        num_prefix_tokens: int,
+        num_prefix_tokens: int | None = None,
         image_to_sentence: Tensor | None = None,
     ) -> IGVAFusionOutput:
-        """Fuse the hidden states of a tower.
+        """Fuse the hidden states of a tower, or what a streaming tower has kept of them.
 
         Args:
-            hidden_states: as for :func:`igva_kernels.fuse`.
+            hidden_states: as for :func:`igva_kernels.fuse`; or the group means of this module's plan and kind of summary, from
+                :func:`igva_kernels.towers.stream_group_means` or :func:`igva_kernels.reduce_groups`. With means in float32 the
+                result is the same.
             instruction_embeds: (B, E), one sentence embedding an image, or with ``image_to_sentence`` (sentences, E). None
                 gives every group the weight 1/K, which for equal groups is the plain average of stage 1.
-            num_prefix_tokens: P.
+            num_prefix_tokens: P; needed for hidden states, not read for group means, which have no prefix.
             image_to_sentence: (B,) in int64, the row of ``instruction_embeds`` that each image belongs to: the tiles of one
                 picture, or several pictures of one question, share a sentence. Each is weighed by its own summaries.
 
         Raises:
             TypeError: ``image_to_sentence`` is not int64.
-            ValueError: as :func:`igva_kernels.fuse`, :func:`igva_kernels.group_summaries` and :class:`WeightAllocator`; a map
-                without sentences, or of another shape than (B,).
+            ValueError: as :func:`igva_kernels.fuse`, :func:`igva_kernels.group_summaries`, :func:`igva_kernels.mix` and
+                :class:`WeightAllocator`; hidden states without ``num_prefix_tokens``; a map without sentences, or of another
+                shape than (B,).
             IndexError: a row that is not there (on a GPU: an assertion on the device).
         """
+        if isinstance(hidden_states, GroupMeans):
+            if hidden_states.summaries is None:
+                raise ValueError("group_means has no summaries: it is of a plan without weighted groups; reduce with this plan")
+            weights = self._weights(hidden_states.summaries, instruction_embeds, image_to_sentence)
+            return IGVAFusionOutput(mix(hidden_states, self.plan, weights, impl=self.impl), weights)
+        if num_prefix_tokens is None:
+            raise ValueError(
+                "num_prefix_tokens is None: hidden states need the number of CLS and register tokens before the patches; "
+                "igva_kernels.towers.num_prefix_tokens_of(tower.config) tells it"
+            )
         summaries, hidden_states = group_summaries_and_states(
             hidden_states, self.plan, num_prefix_tokens=num_prefix_tokens, summary=self.summary, impl=self.impl
         )
@@ -94,20 +107,8 @@ class IGVAFusion(nn.Module):
     def mix(
         self, group_means: GroupMeans, instruction_embeds: Tensor | None, *, image_to_sentence: Tensor | None = None
     ) -> IGVAFusionOutput:
-        """Fuse what a streaming tower has kept; the same result as :meth:`forward` for means in float32.
-
-        Args:
-            group_means: of this module's plan and kind of summary, from :func:`igva_kernels.towers.stream_group_means` or
-                :func:`igva_kernels.reduce_groups`.
-            instruction_embeds, image_to_sentence: as for :meth:`forward`.
-
-        Raises:
-            TypeError, ValueError, IndexError: as :meth:`forward`; ``group_means`` of another plan.
-        """
-        if group_means.summaries is None:
-            raise ValueError("group_means has no summaries: it is of a plan without weighted groups; reduce with this plan")
-        weights = self._weights(group_means.summaries, instruction_embeds, image_to_sentence)
-        return IGVAFusionOutput(mix(group_means, self.plan, weights, impl=self.impl), weights)
+        """:meth:`forward` for group means, hooks of the module included."""
+        return self(group_means, instruction_embeds, image_to_sentence=image_to_sentence)
 
     def _weights(self, summaries: Tensor, instruction_embeds: Tensor | None, image_to_sentence: Tensor | None) -> Tensor:
         if image_to_sentence is not None:

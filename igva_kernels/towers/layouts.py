@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from igva_kernels.towers.sharding import is_fully_sharded
+
 Embedded = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 """h_0, and the positional and named arguments that each block takes after the hidden state."""
 
@@ -135,8 +137,9 @@ def vision_part(tower: nn.Module) -> nn.Module:
 def unsupported_reason(tower: nn.Module) -> str | None:
     """Why a tower cannot be run layer by layer from outside its ``forward``; None if it can.
 
-    Besides an unknown ``config.model_type`` that is a wrapper (DDP, FSDP1, torch.compile's), behind which the blocks are not
-    reached as the wrapper wants it. FSDP2's ``fully_shard`` is no wrapper.
+    That is an unknown ``config.model_type``; a wrapper (DDP, FSDP1, torch.compile's), behind which the blocks are not reached
+    as the wrapper wants it; or hooks on the tower itself, which would not run (ZeRO-3, accelerate's offloading, a user's own).
+    Hooks on its parts are no obstacle, and FSDP2's ``fully_shard`` is none, see :mod:`igva_kernels.towers.sharding`.
     """
     model_type = getattr(getattr(tower, "config", None), "model_type", None)
     if model_type not in LAYOUTS:
@@ -144,6 +147,9 @@ def unsupported_reason(tower: nn.Module) -> str | None:
     part = vision_part(tower)
     if "embeddings" not in part._modules or LAYOUTS[model_type].blocks.split(".")[0] not in part._modules:
         return f"{type(tower).__name__} does not hold the embeddings and blocks of a {model_type!r} tower itself"
+    for module in (tower, part):
+        if not is_fully_sharded(module) and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+            return f"the forward of this {type(module).__name__} has hooks, which a loop over its blocks would not call"
     return None
 
 

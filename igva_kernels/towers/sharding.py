@@ -11,6 +11,11 @@ from torch import nn
 _METHOD = "_igva_as_forward"
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` was applied to this very module."""
+    return hasattr(module, "_get_fsdp_state")  # what it adds; asking for its class would import torch.distributed.fsdp
+
+
 def as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """``function(module, *args)``, as a forward of ``module``.
 
@@ -21,7 +26,7 @@ def as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
         module: any module; one that ``fully_shard`` was applied to gets the attribute ``_igva_as_forward``.
         function: takes the module and ``args``; its result passes through the hooks as that of a ``forward`` does.
     """
-    if not hasattr(module, "_get_fsdp_state"):  # what fully_shard adds; asking for its class would import torch.distributed
+    if not is_fully_sharded(module):
         return function(module, *args)
     if not hasattr(module, _METHOD):
         from torch.distributed.fsdp import register_fsdp_forward_method

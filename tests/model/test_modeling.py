@@ -343,10 +343,10 @@ def test_gradient_reaches_allocator_and_projector_but_not_a_frozen_tower(make_mo
     model.model.vision_tower.requires_grad_(False)
     model.train()
     assert not model.model.vision_tower.training and model.model.fusion.training
-    states = []
-    model.model.fusion.register_forward_pre_hook(lambda _, args: states.extend(args[0]))
+    maps = []
+    model.model.fusion.register_forward_pre_hook(lambda _, args: maps.extend([*args[0].means, *args[0].copies]))
     model(**make_batch(model)).loss.backward()
-    assert not any(state.requires_grad for state in states)
+    assert len(maps) == 3 and not any(each.requires_grad for each in maps)
     for name, parameter in model.named_parameters():
         if name.startswith("model.vision_tower."):
             assert parameter.grad is None, name
