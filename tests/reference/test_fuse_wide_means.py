@@ -5,7 +5,7 @@ import torch
 
 from igva_kernels import FusionPlan, fuse, mix, reduce_groups
 
-IMPLEMENTATIONS = ["reference", "torch"]
+IMPLEMENTATIONS = ["reference", "torch", "auto"]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from igva_kernels import FusionPlan, Layer, Mean, Norm, SparseWeights, Weighted, fuse
 
-IMPLEMENTATIONS = ["reference", "torch"]
+IMPLEMENTATIONS = ["reference", "torch", "auto"]
 
 
 @pytest.fixture

@@ -46,6 +46,17 @@ def test_llavas_list_of_layers(vision_feature_layer):
     assert torch.equal(fuse(states, plan, num_prefix_tokens=1), features)
 
 
+@pytest.mark.parametrize("plan", [FusionPlan.vip_llava(12), FusionPlan.dense_connector_sci(24)], ids=["vip_llava", "sci"])
+def test_a_tower_that_keeps_only_what_the_plan_reads(plan):
+    model = transformers.CLIPVisionModel(_vision_config(plan.num_layers)).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        every = model(pixels, output_hidden_states=True).hidden_states
+        some = model(pixels, output_hidden_states=list(plan.sources)).hidden_states
+    assert [index for index, state in enumerate(some) if state is not None] == list(plan.sources)
+    assert torch.equal(fuse(some, plan, num_prefix_tokens=1), fuse(every, plan, num_prefix_tokens=1))
+
+
 def test_vip_llavas_layers_and_its_norm():
     config = transformers.VipLlavaConfig(vision_config=_vision_config(12), text_config=_text_config())
     model = transformers.VipLlavaModel(config).eval()
