@@ -8,7 +8,10 @@ from functools import cached_property
 import torch
 
 from .bandwidth import Bandwidth, copy_bandwidth
+from .cards import card_of
+from .predict import predict_case
 from .record import Recorder
+from .sizes import FuseCase
 
 
 @dataclass
@@ -34,3 +37,9 @@ class Context:
         self.recorder.document["ceilings"]["copy"] = measured.as_dict()
         self.recorder.show(f"copy bandwidth: {measured.bytes_per_s / 1e9:.1f} GB/s")
         return measured
+
+    def predict(self, case: FuseCase) -> float | None:
+        """Seconds that the library should take on this card at its measured copy bandwidth; None where no model is known."""
+        if self.device.type != "cuda":
+            return None
+        return predict_case(case, card_of(torch.cuda.get_device_name(self.device)), self.bandwidth.bytes_per_s)

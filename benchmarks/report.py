@@ -122,6 +122,8 @@ TIMES: dict[str, Cell] = {
     "variant": _parameter("variant"),
     "µs, median (20 % – 80 %)": _spread,
     "× eager": _metric("times_faster_than_official_eager", "{:.2f}"),
+    "predicted µs": lambda case: _microseconds(case["metrics"]["predicted_s"]),
+    "measured / predicted": _metric("measured_over_predicted", "{:.2f}"),
 }
 MEMORY: dict[str, Cell] = {
     "peak MB": _metric("peak_bytes", "{:.1f}", 1e-6),
@@ -165,7 +167,24 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
     ("fuse, forward", _fuse("forward"), CASE | STAGE | TIMES | FLOOR | MEMORY | LAUNCH),
     ("fuse, forward and backward, frozen tower", _fuse("frozen"), CASE | TIMES | FLOOR | MEMORY | LAUNCH),
     ("fuse, forward and backward, trainable tower", _fuse("trainable"), CASE | STAGE | TIMES | FLOOR | MEMORY | LAUNCH),
+    (
+        "other mixes, against the code of their authors",
+        _operation("mix"),
+        {"mix": _parameter("mix"), "mode": _parameter("mode")} | CASE | TIMES | FLOOR | MEMORY | {"": _metric("not_run", "{}")},
+    ),
     ("launch settings of the forward kernel", _operation("launch settings"), CASE | TIMES | FLOOR),
+    (
+        "host",
+        _operation("host"),
+        {
+            "piece": _parameter("piece"),
+            "µs, median (20 % – 80 %)": _spread,
+            "of the processor, µs": lambda case: _microseconds(case["metrics"]["cpu_s"]),
+            "limit µs": lambda case: _microseconds(case["metrics"]["limit_s"]),
+            "within": lambda case: "yes" if case["metrics"]["within_limit"] else "no",
+            "": _metric("not_run", "{}"),
+        },
+    ),
     ("group summaries", _operation("summaries"), CASE | TIMES | MEMORY | LAUNCH),
     ("weight allocator", _operation("allocator"), CASE | TIMES | MEMORY | LAUNCH),
     (

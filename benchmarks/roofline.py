@@ -1,15 +1,21 @@
-"""How many bytes a fusion has to move, counted from its plan alone: the floor under every measured time.
+"""How long a fusion must take, and how long it should: bytes from its plan, instructions from its machine code.
 
-The unit is one (B, N, D) map in the dtype of the hidden states. The prefix rows are skipped by the forward and not counted; the
-gradients of the hidden states are full (B, T, D) tensors, so there they are.
+Bytes: the unit is one (B, N, D) map in the dtype of the hidden states. The prefix rows are skipped by the forward and not
+counted; the gradients of the hidden states are full (B, T, D) tensors, so there they are.
+
+Time: :func:`predict` is a static model, to be confirmed or refuted by a measurement. A launch takes as long as the slower of
+memory and instruction issue, a start, and one program from its first load to its last store, in which the memory is filled
+and drained. Memory runs at the bandwidth of a copy, if enough bytes are under way: by Little's law, bandwidth times latency.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 from igva_kernels.program import CopySlot, MixProgram
 
+from .cards import Card
 from .sizes import FuseCase
 
 
@@ -112,3 +118,104 @@ def official_forward_traffic(case: FuseCase) -> Traffic:
         reads, writes = reads + num_groups, writes + num_groups
     reads, writes = reads + num_groups, writes + 1
     return Traffic(reads + 2, writes + 2, case.map_bytes)
+
+
+# ---- time -------------------------------------------------------------------------------------------------------------
+
+START_S = 2e-6
+"""From the end of one kernel to the first instruction of the next on a busy stream. ASSUMED; the first thing to correct."""
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """One kernel, compiled for one target.
+
+    Args:
+        instructions: that one warp issues to the vector units and to memory.
+        registers: of one thread.
+        threads: of one program.
+        warp_size: threads that share an instruction.
+        loads_in_flight: 16-byte loads of one thread that are under way at once, at most, in the order of the code.
+        loads: 16-byte loads of one thread.
+        programs_per_image: programs of one launch over B.
+        loops: whether the code jumps backwards; ``instructions`` is then a lower bound.
+    """
+
+    instructions: int
+    registers: int
+    threads: int
+    warp_size: int
+    loads_in_flight: int
+    loads: int
+    programs_per_image: int
+    loops: bool
+
+    def as_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one launch.
+
+    Args:
+        seconds: of the launch, from the end of the one before.
+        floor_s: its bytes at the bandwidth of a copy.
+        nominal_s: its bytes at the bandwidth of the data sheet.
+        memory_s: its bytes at the bandwidth that the loads under way allow, at most that of a copy.
+        issue_s: its instructions.
+        tail_s: one program by itself.
+        resident_programs: of one processor, as many as its registers and threads allow.
+        waves: programs of the launch over those that are resident at once.
+        bytes_in_flight: that the loads of one processor's programs keep under way at most.
+        bytes_needed: by Little's law, of one processor.
+    """
+
+    seconds: float
+    floor_s: float
+    nominal_s: float
+    memory_s: float
+    issue_s: float
+    tail_s: float
+    resident_programs: int
+    waves: float
+    bytes_in_flight: float
+    bytes_needed: float
+
+
+def predict(code: KernelCode, card: Card, batch: int, num_bytes: int, *, copy_bytes_per_s: float | None = None) -> Prediction:
+    """The time of one launch.
+
+    Args:
+        code: the kernel, compiled for the card's target.
+        batch: B.
+        num_bytes: its least bytes.
+        copy_bytes_per_s: measured on the card at hand; the table's by default.
+    """
+    bandwidth = copy_bytes_per_s or card.copy_bytes_per_s
+    programs = code.programs_per_image * batch
+    registers = math.ceil(code.registers / card.register_unit) * card.register_unit * code.threads
+    resident = min(card.registers // registers, card.threads // code.threads, card.programs)
+    running = min(resident, programs / card.processors)  # a small launch does not fill the card
+    in_flight = running * code.threads * code.loads_in_flight * LOAD_BYTES
+    memory_s = num_bytes / min(bandwidth, in_flight * card.processors / card.latency_s)
+    warps = programs * code.threads // code.warp_size
+    issue_s = warps * code.instructions / (card.processors * card.issue_per_clock * card.clock_hz)
+    # a program alone waits for each batch of its loads in turn
+    tail_s = card.latency_s * math.ceil(code.loads / max(1, code.loads_in_flight))
+    return Prediction(
+        seconds=START_S + max(memory_s, issue_s) + tail_s,
+        floor_s=num_bytes / bandwidth,
+        nominal_s=num_bytes / card.nominal_bytes_per_s,
+        memory_s=memory_s,
+        issue_s=issue_s,
+        tail_s=tail_s,
+        resident_programs=resident,
+        waves=programs / (card.processors * resident),
+        bytes_in_flight=in_flight,
+        bytes_needed=bandwidth * card.latency_s / card.processors,
+    )
+
+
+LOAD_BYTES = 16
+"""Of one load: every access of the library is 128 bits wide (``tests/aot``)."""

@@ -28,6 +28,7 @@ def measure_variants(
     *,
     floor_bytes: int | None = None,
     map_bytes: int | None = None,
+    predicted_s: Mapping[str, float | None] | None = None,
     with_latency: bool = False,
     with_graph: bool = False,
 ) -> None:
@@ -38,6 +39,7 @@ def measure_variants(
         variants: how to prepare each. One that cannot be prepared is recorded as an error and is not timed.
         floor_bytes: bytes that the computation must move; gives GB/s and the share of the copy bandwidth.
         map_bytes: gives the peak memory in maps.
+        predicted_s: for some variants the time that :mod:`benchmarks.predict` gives, put beside the measured one.
         with_latency: measure the wall time of a single call as well.
         with_graph: on CUDA, measure the replay of a CUDA graph as well.
     """
@@ -71,6 +73,9 @@ def measure_variants(
             found["floor_bytes"] = floor_bytes
             found["gb_per_s"] = floor_bytes / timing.median_s / 1e9
             found["share_of_copy"] = floor_bytes / timing.median_s / context.bandwidth.bytes_per_s
+        if predicted_s and (predicted := predicted_s.get(variant)):
+            found["predicted_s"] = predicted
+            found["measured_over_predicted"] = timing.median_s / predicted
         if variant != BASELINE and BASELINE in timings:
             found["times_faster_than_official_eager"] = timings[BASELINE].median_s / timing.median_s
         if with_latency:

@@ -159,6 +159,7 @@ def measure_fuse(context: Context, job: Job) -> None:
         {name: partial(prepare, name) for name in job.variants},
         floor_bytes=case_traffic(case).bytes,
         map_bytes=case.map_bytes,
+        predicted_s={OURS: context.predict(case)},
         with_latency=case.batch == 1,
         with_graph=case.batch == 1 and case.mode == "forward",
     )

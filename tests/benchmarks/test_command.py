@@ -46,6 +46,8 @@ def test_help_says_what_every_part_measures() -> None:
 TITLES = {
     "tests": ("tests",),
     "kernels": ("fuse, forward", "fuse, forward and backward, trainable tower", "group summaries", "weight allocator"),
+    "family": ("other mixes, against the code of their authors",),
+    "host": ("host",),
     "vision": ("vision side: tower, fusion, projector",),
     "training": ("training step",),
 }
