@@ -155,7 +155,6 @@ def test_structs_have_the_sizes_that_c_gives_them(_built):
         ([state.double() for state in STATES], {}, "float64"),
         ([state.to("meta") for state in STATES], {}, "meta"),
         ([torch.ones(1, 8, 3).transpose(1, 2)] * 4, {}, "strides"),
-        (STATES, {"indices": torch.zeros(1, 2, 1, dtype=torch.int64)}, "sparse"),
         (STATES, {"plan": FusionPlan(4, (type(PLAN.slots[0])(((1, 2), (3, 4)), norm=Norm("layer")),))}, "norms"),
     ],
 )

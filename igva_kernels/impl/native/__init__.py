@@ -71,8 +71,6 @@ def check_supported(
         return f"it runs on a CPU, and the hidden states are on {first.device}"
     if program.has_norms:
         return "it has no norms"
-    if indices is not None:
-        return "it has no sparse weights"
     for state in states:
         if state.dtype not in TYPES:
             return f"it has float32, bfloat16 and float16, and the hidden states are {state.dtype}"
@@ -98,7 +96,8 @@ def fuse_forward(
     out = states[0].new_empty((batch, rows, len(program.slots) * width), dtype=dtype)
     num_means = program.num_weighted_groups if save_means else 0
     means = states[0].new_empty((num_means, batch, rows, width) if save_means else (0,), dtype=dtype)
-    _run_forward(states, weights, forward_layout(program), num_prefix_tokens, out, means, num_means)
+    factors = _Factors(weights, indices, program.num_weights)
+    _run_forward(states, factors, forward_layout(program), num_prefix_tokens, out, means, num_means)
     return out, means
 
 
@@ -109,7 +108,8 @@ def reduce_forward(
     batch, tokens, width = states[0].shape
     num_means = len(program.groups)
     means = states[0].new_empty((num_means, batch, tokens - num_prefix_tokens, width), dtype=dtype)
-    _run_forward(states, None, forward_layout(program, only_means=True), num_prefix_tokens, None, means, num_means)
+    layout = forward_layout(program, only_means=True)
+    _run_forward(states, _Factors(None, None, 0), layout, num_prefix_tokens, None, means, num_means)
     return means
 
 
@@ -144,7 +144,7 @@ def fuse_backward(
         width * grad_out.element_size(),
         sources,
         num_prefix_tokens if means is None else 0,
-        weights,
+        _Factors(weights, indices, program.num_weights),
         needs_weights,
         grads,
         num_prefix_tokens,
@@ -171,7 +171,8 @@ def reduce_backward(
         return grads
     slot_stride = grad_means.stride(0) * grad_means.element_size()
     layout = reduction_layout(program)
-    _run_backward(layout, grad_means[0], slot_stride, (), 0, None, False, grads, num_prefix_tokens)
+    factors = _Factors(None, None, 0)
+    _run_backward(layout, grad_means[0], slot_stride, (), 0, factors, False, grads, num_prefix_tokens)
     return grads
 
 
@@ -180,7 +181,7 @@ def reduce_backward(
 
 def _run_forward(
     states: Sequence[Tensor],
-    weights: Tensor | None,
+    factors: _Factors,
     layout: ForwardLayout,
     num_prefix_tokens: int,
     out: Tensor | None,
@@ -190,14 +191,13 @@ def _run_forward(
     patches = states[layout.members[0] if layout.members else 0][:, num_prefix_tokens:]  # copied ones may be narrower
     if patches.numel() == 0:
         return
-    factors = _float_weights(weights)
     num_bytes = len(states) * patches.numel() * patches.element_size()
     shape, scratch = _shape(patches, num_bytes, sums=layout.num_mixed, once=1, for_each=layout.num_slots)
     sources = maps(states, num_prefix_tokens)
     job = Forward(
         shape,
         layout.groups,
-        _weights(factors, shape.rows),
+        factors.struct(shape.rows),
         TYPES[patches.dtype],
         TYPES[means.dtype if out is None else out.dtype],
         layout.num_slots,
@@ -211,7 +211,7 @@ def _run_forward(
         means.data_ptr(),
     )
     library().igva_forward(byref(job))
-    del scratch, factors  # alive until here: the job holds their addresses
+    del scratch  # alive until here: the job holds its address
 
 
 def _run_backward(
@@ -220,7 +220,7 @@ def _run_backward(
     slot_stride: int,
     sources: Sequence[Tensor],
     first_row: int,
-    weights: Tensor | None,
+    factors: _Factors,
     needs_weights: bool,
     grads: Sequence[Tensor],
     num_prefix_tokens: int,
@@ -234,31 +234,28 @@ def _run_backward(
         grads: one (B, T, D) a class; their patches begin at ``num_prefix_tokens``.
     """
     batch, rows, width = cotangent.shape
-    wanted = weights if needs_weights else None
+    weights = factors.weights if needs_weights else None
+    grad_weights = None if weights is None else weights.new_empty(weights.shape)
     if cotangent.numel() == 0:
         for grad in grads:
             grad.zero_()
-        return None if wanted is None else wanted.new_zeros(wanted.shape, dtype=torch.float32)
-    factors = _float_weights(weights)
+        return None if grad_weights is None else grad_weights.zero_()
     num_bytes = (layout.num_slots + len(sources) + len(grads)) * batch * rows * width * cotangent.element_size()
     shape, scratch = _shape(cotangent, num_bytes, sums=1, once=layout.num_slots + 1, for_each=0)
     chunks = -(-rows // shape.rows_per_chunk)
-    num_weights = 0 if weights is None else weights.shape[-1]
-    grad_weights = None if wanted is None else wanted.new_empty(wanted.shape, dtype=torch.float32)
-    per_token = wanted is not None and wanted.ndim == 3
+    per_token = grad_weights is not None and grad_weights.ndim == 3
     partials = None
     if grad_weights is not None and not per_token:
-        partials = grad_weights.new_empty(batch * chunks, num_weights, dtype=torch.float64)
+        partials = grad_weights.new_empty(batch * chunks, factors.num_columns, dtype=torch.float64)
     of_sources, of_grads = maps(sources, first_row), maps(grads, num_prefix_tokens)
     job = Backward(
         shape,
         layout.groups,
         layout.classes,
-        _weights(factors, rows),
+        factors.struct(rows),
         TYPES[cotangent.dtype],
         TYPES[sources[0].dtype if sources else cotangent.dtype],
         layout.num_slots,
-        num_weights,
         num_prefix_tokens,
         addressof(layout.needed),
         Map(*maps([cotangent], 0)),
@@ -270,9 +267,9 @@ def _run_backward(
     )
     library().igva_backward(byref(job))
     if grad_weights is not None and partials is not None:
-        sizes = (c_int64(batch), c_int64(chunks), c_int64(num_weights), c_int64(grad_weights.ndim == 1))
+        sizes = (c_int64(batch), c_int64(chunks), c_int64(factors.num_columns), c_int64(grad_weights.ndim == 1))
         library().igva_sum_partials(c_void_p(partials.data_ptr()), *sizes, c_void_p(grad_weights.data_ptr()))
-    del scratch, factors  # alive until here: the job holds their addresses
+    del scratch  # alive until here: the job holds its address
     return grad_weights
 
 
@@ -294,14 +291,26 @@ def _shape(like: Tensor, num_bytes: int, *, sums: int, once: int, for_each: int)
     return Shape(batch, rows, width, rows_per_chunk, threads, 0, scratch.data_ptr(), size), scratch
 
 
-def _float_weights(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.detach().to(torch.float32).contiguous()
+class _Factors:
+    """Weights as mix.c reads them; they must live as long as their struct is used.
 
+    Args:
+        weights: (K,), (B, K) or (B, N, K); with ``indices`` the values (B, N, k); None for none.
+        indices: (B, N, k), or None.
+        num_columns: K.
+    """
 
-def _weights(factors: Tensor | None, rows: int) -> Weights:
-    if factors is None:
-        return Weights(None, 0, 0)
-    count = factors.shape[-1]
-    if factors.ndim == 3:
-        return Weights(factors.data_ptr(), rows * count, count)
-    return Weights(factors.data_ptr(), count if factors.ndim == 2 else 0, 0)
+    def __init__(self, weights: Tensor | None, indices: Tensor | None, num_columns: int) -> None:
+        self.weights = None if weights is None else weights.detach().to(torch.float32).contiguous()
+        self.num_columns = num_columns
+        self._indices = None if indices is None else indices.to(torch.int64).contiguous()
+
+    def struct(self, rows: int) -> Weights:
+        """``struct weights``."""
+        weights, indices = self.weights, self._indices
+        if weights is None:
+            return Weights(None, 0, 0, self.num_columns, 0, None)
+        count = weights.shape[-1]
+        image_stride, row_stride = {1: (0, 0), 2: (count, 0), 3: (rows * count, count)}[weights.ndim]
+        columns = None if indices is None else indices.data_ptr()
+        return Weights(weights.data_ptr(), image_stride, row_stride, self.num_columns, count, columns)

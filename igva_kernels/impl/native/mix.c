@@ -483,10 +483,14 @@ struct groups {
     const int64_t *use_start, *use_slot, *use_column;
 };
 
-/* The weight of row n of image b in column k is data[b * image_stride + n * row_stride + k]. */
+/* Row n of image b has its weights at data + b * image_stride + n * row_stride: one for each of the K columns, or, where there
+ * are indices, one for each of the num_named columns that these name at the same place. Named twice, a column gets the sum; an
+ * index that is no column is padding. */
 struct weights {
     const float *data;
     int64_t image_stride, row_stride;
+    int64_t num_columns, num_named;
+    const int64_t *indices;
 };
 
 struct chunk {
@@ -509,10 +513,41 @@ INLINE char *row_of(const struct map *map, int64_t image, int64_t row)
     return map->data + image * map->image_stride + row * map->row_stride;
 }
 
-INLINE float weight_of(const struct weights *weights, int64_t image, int64_t row, int64_t column)
+/* The weights of a row by column. What a row does not reach does not touch it, not even as 0 times infinity. */
+struct row_weights {
+    const float *factor;
+    const char *reached; /* null: every column */
+};
+
+/* Where there are indices, the result lies in ``factor`` and ``reached``, with room for the K columns. */
+static struct row_weights weights_of_row(const struct weights *weights, int64_t image, int64_t row, float *factor, char *reached)
 {
-    return column == PLAIN ? 1.0f : weights->data[image * weights->image_stride + row * weights->row_stride + column];
+    const int64_t at = image * weights->image_stride + row * weights->row_stride, count = weights->num_columns;
+    if (!weights->indices) return (struct row_weights){weights->data ? weights->data + at : NULL, NULL};
+    for (int64_t column = 0; column < count; column++) factor[column] = 0;
+    memset(reached, 0, (size_t)count);
+    for (int64_t n = 0; n < weights->num_named; n++) {
+        const int64_t column = weights->indices[at + n];
+        if (column < 0 || column >= count) continue;
+        factor[column] += weights->data[at + n];
+        reached[column] = 1;
+    }
+    return (struct row_weights){factor, reached};
 }
+
+INLINE int reaches(struct row_weights weights, int64_t column)
+{
+    return column == PLAIN || !weights.reached || weights.reached[column];
+}
+
+INLINE int reaches_any(struct row_weights weights, const struct groups *groups, int64_t g)
+{
+    for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++)
+        if (reaches(weights, groups->use_column[u])) return 1;
+    return 0;
+}
+
+INLINE float weight_of(struct row_weights weights, int64_t column) { return column == PLAIN ? 1.0f : weights.factor[column]; }
 
 /* The mean of a group's rows, into scratch. */
 static void mean_row(const struct groups *groups, int64_t g, const struct map *maps, int type, int64_t image, int64_t row,
@@ -547,37 +582,46 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
     const int64_t bytes = width * size_of((int)job->out_type);
     char *const out = job->out + (chunk.image * rows + chunk.first_row) * num_slots * bytes;
     float *const mean = scratch, *const sums = scratch + stride; /* (S, rows of the chunk) */
-    char begun[num_slots + 1]; /* slots that earlier groups have added to */
+    const int64_t columns = job->weights.indices ? job->weights.num_columns : 0;
+    float factors[chunk.num_rows * columns + 1];
+    char reached[chunk.num_rows * columns + 1];
+    char begun[chunk.num_rows * num_slots + 1]; /* sums to which something has been added */
+    struct row_weights weights[chunk.num_rows];
     memset(begun, 0, sizeof begun);
+    for (int64_t r = 0; r < chunk.num_rows; r++)
+        weights[r] = weights_of_row(&job->weights, chunk.image, chunk.first_row + r, factors + r * columns, reached + r * columns);
     for (int64_t g = 0; g <= groups->count; g++) {
-        const int64_t first_use = g < groups->count ? groups->use_start[g] : 0;
-        const int64_t last_use = g < groups->count ? groups->use_start[g + 1] : 0;
         for (int64_t r = 0; r < chunk.num_rows && g < groups->count; r++) {
             const int64_t row = chunk.first_row + r;
+            if (g >= job->num_means && !reaches_any(weights[r], groups, g)) continue;
             mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean);
             if (g < job->num_means) {
                 char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes;
                 FOR_TYPE(job->out_type, stream_row(TYPE, to, mean, width));
             }
-            for (int64_t u = first_use; u < last_use; u++) {
-                const int64_t slot = groups->use_slot[u];
-                const float weight = weight_of(&job->weights, chunk.image, row, groups->use_column[u]);
-                const int earlier = begun[slot] || (u > first_use && groups->use_slot[u - 1] == slot);
-                add_scaled(sums + (slot * job->shape.rows_per_chunk + r) * stride, mean, weight, stride, !earlier);
+            for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
+                const int64_t column = groups->use_column[u], slot = groups->use_slot[u];
+                char *const has_begun = begun + r * num_slots + slot;
+                if (!reaches(weights[r], column)) continue;
+                add_scaled(sums + (slot * job->shape.rows_per_chunk + r) * stride, mean, weight_of(weights[r], column), stride,
+                           !*has_begun);
+                *has_begun = 1;
             }
         }
-        for (int64_t u = first_use; u < last_use; u++) begun[groups->use_slot[u]] = 1;
         for (int64_t c = job->copy_start[g]; c < job->copy_start[g + 1]; c++) /* while the rows are in the cache */
             for (int64_t r = 0; r < chunk.num_rows; r++)
                 memcpy(out + (r * num_slots + job->copy_slot[c]) * bytes,
                        row_of(job->sources + job->copy_source[c], chunk.image, chunk.first_row + r), (size_t)bytes);
     }
     for (int64_t r = 0; r < chunk.num_rows; r++)
-        for (int64_t slot = 0; slot < num_slots; slot++)
-            if (job->mixed_slot[slot]) {
-                const float *sum = sums + (slot * job->shape.rows_per_chunk + r) * stride;
-                FOR_TYPE(job->out_type, store_row(TYPE, out + (r * num_slots + slot) * bytes, sum, width));
-            }
+        for (int64_t slot = 0; slot < num_slots; slot++) {
+            char *to = out + (r * num_slots + slot) * bytes;
+            const float *sum = sums + (slot * job->shape.rows_per_chunk + r) * stride;
+            if (begun[r * num_slots + slot])
+                FOR_TYPE(job->out_type, store_row(TYPE, to, sum, width));
+            else if (job->mixed_slot[slot])
+                memset(to, 0, (size_t)bytes);
+        }
 }
 
 static void forward_work(void *argument, int64_t worker)
@@ -614,7 +658,7 @@ struct backward {
     struct groups groups;     /* those whose weights need a gradient; none if no weight does */
     struct classes classes;   /* none if no state needs a gradient */
     struct weights weights;
-    int64_t grad_type, map_type, num_slots, num_weights;
+    int64_t grad_type, map_type, num_slots;
     int64_t prefix;           /* rows before the patches, to be zeroed in every gradient */
     const int64_t *needed;    /* per slot: 1 if a group or a class reads its cotangent */
     struct map grad_out;      /* cotangent of slot 0 */
@@ -622,74 +666,96 @@ struct backward {
     const struct map *maps;   /* the members of the groups: the states, or the kept means */
     const struct map *grads;  /* one a class, at patch 0 */
     double *partials;         /* (chunks, K) sums of dL/dw over a chunk, or null */
-    float *grad_weights;      /* (B, N, K) where each token has weights of its own, else null */
+    float *grad_weights;      /* in the places of the weights where each token has its own, else null */
 };
 
-static void sum_terms(const struct backward *job, int64_t c, const float *cotangents, int64_t image, int64_t row, float *sum)
+/* The dot products of a row's cotangents with the group means: dL/dw by column. */
+static void weight_gradients(const struct backward *job, int64_t image, int64_t row, struct row_weights weights,
+                             const float *cotangents, float *mean, double *products)
+{
+    const struct groups *groups = &job->groups;
+    const int64_t width = job->shape.width, stride = padded(width);
+    for (int64_t g = 0; g < groups->count; g++) {
+        const int64_t first = groups->member_start[g];
+        const struct map *only = groups->member_start[g + 1] - first == 1 ? job->maps + groups->member[first] : NULL;
+        if (!reaches_any(weights, groups, g)) continue;
+        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean);
+        for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
+            const float *cotangent = cotangents + groups->use_slot[u] * stride;
+            double *product = products + groups->use_column[u];
+            if (!reaches(weights, groups->use_column[u])) continue;
+            if (only)
+                FOR_TYPE(job->map_type, *product = dot_row(TYPE, cotangent, row_of(only, image, row), width));
+            else
+                *product = dot_row(FLOAT32, cotangent, (const char *)mean, width);
+        }
+    }
+}
+
+/* The gradient of a row of class c: its terms, in their order. */
+static void class_gradient(const struct backward *job, int64_t c, struct row_weights weights, const char *grad_out,
+                           const float *cotangents, float *sum, char *to)
 {
     const struct classes *classes = &job->classes;
-    const int64_t stride = padded(job->shape.width), first = classes->term_start[c];
-    for (int64_t t = first; t < classes->term_start[c + 1]; t++) {
-        const float weight = weight_of(&job->weights, image, row, classes->term_column[t]) * classes->term_scale[t];
-        add_scaled(sum, cotangents + classes->term_slot[t] * stride, weight, stride, t == first);
+    const int64_t width = job->shape.width, stride = padded(width), bytes = width * size_of((int)job->grad_type);
+    const int64_t first = classes->term_start[c], last = classes->term_start[c + 1];
+    int begun = 0;
+    if (last - first == 1 && classes->term_column[first] == PLAIN && classes->term_scale[first] == 1.0f) {
+        stream_copy(to, grad_out + classes->term_slot[first] * job->slot_stride, bytes);
+        return;
     }
+    for (int64_t t = first; t < last; t++) {
+        const int64_t column = classes->term_column[t];
+        if (!reaches(weights, column)) continue;
+        add_scaled(sum, cotangents + classes->term_slot[t] * stride, weight_of(weights, column) * classes->term_scale[t], stride,
+                   !begun);
+        begun = 1;
+    }
+    if (begun)
+        FOR_TYPE(job->grad_type, stream_row(TYPE, to, sum, width));
+    else
+        memset(to, 0, (size_t)bytes);
 }
 
 static void backward_row(const struct backward *job, int64_t image, int64_t row, double *partials, float *scratch)
 {
-    const struct groups *groups = &job->groups;
-    const struct classes *classes = &job->classes;
-    const int64_t width = job->shape.width, stride = padded(width), size = size_of((int)job->grad_type);
+    const int64_t width = job->shape.width, stride = padded(width), columns = job->weights.num_columns;
+    const int64_t at = image * job->weights.image_stride + row * job->weights.row_stride;
     float *const cotangents = scratch, *const total = scratch + job->num_slots * stride;
-    const char *from = row_of(&job->grad_out, image, row);
-    float *of_token = job->grad_weights ? job->grad_weights + (image * job->shape.rows + row) * job->num_weights : NULL;
+    const char *grad_out = row_of(&job->grad_out, image, row);
+    float factor[columns + 1];
+    char reached[columns + 1];
+    double products[columns + 1];
+    const struct row_weights weights = weights_of_row(&job->weights, image, row, factor, reached);
     for (int64_t s = 0; s < job->num_slots; s++)
-        if (job->needed[s]) FOR_TYPE(job->grad_type, load_row(TYPE, from + s * job->slot_stride, cotangents + s * stride, width));
-    for (int64_t g = 0; g < groups->count; g++) {
-        const int64_t first = groups->member_start[g];
-        const struct map *only = groups->member_start[g + 1] - first == 1 ? job->maps + groups->member[first] : NULL;
-        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, total);
-        for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
-            const float *cotangent = cotangents + groups->use_slot[u] * stride;
-            double product;
-            if (only)
-                FOR_TYPE(job->map_type, product = dot_row(TYPE, cotangent, row_of(only, image, row), width));
-            else
-                product = dot_row(FLOAT32, cotangent, (const char *)total, width);
-            if (of_token)
-                of_token[groups->use_column[u]] = (float)product;
-            else
-                partials[groups->use_column[u]] += product;
+        if (job->needed[s])
+            FOR_TYPE(job->grad_type, load_row(TYPE, grad_out + s * job->slot_stride, cotangents + s * stride, width));
+    weight_gradients(job, image, row, weights, cotangents, total, products);
+    for (int64_t column = 0; column < columns && job->partials; column++) partials[column] += products[column];
+    if (job->grad_weights && job->weights.indices)
+        for (int64_t n = 0; n < job->weights.num_named; n++) {
+            const int64_t column = job->weights.indices[at + n];
+            job->grad_weights[at + n] = column < 0 || column >= columns ? 0.0f : (float)products[column];
         }
-    }
-    for (int64_t c = 0; c < classes->count; c++) {
-        char *to = row_of(job->grads + c, image, row);
-        const int64_t first = classes->term_start[c];
-        const int64_t terms = classes->term_start[c + 1] - first;
-        if (terms == 0) {
-            memset(to, 0, (size_t)(width * size));
-            continue;
-        }
-        if (terms == 1 && classes->term_column[first] == PLAIN && classes->term_scale[first] == 1.0f) {
-            stream_copy(to, from + classes->term_slot[first] * job->slot_stride, width * size);
-            continue;
-        }
-        sum_terms(job, c, cotangents, image, row, total);
-        FOR_TYPE(job->grad_type, stream_row(TYPE, to, total, width));
-    }
+    else
+        for (int64_t column = 0; column < columns && job->grad_weights; column++)
+            job->grad_weights[at + column] = (float)products[column];
+    for (int64_t c = 0; c < job->classes.count; c++)
+        class_gradient(job, c, weights, grad_out, cotangents, total, row_of(job->grads + c, image, row));
 }
 
 static void backward_chunk(const struct backward *job, int64_t number, float *scratch)
 {
     const struct chunk chunk = chunk_at(&job->shape, number);
     const int64_t bytes = job->shape.width * size_of((int)job->grad_type);
-    double partials[job->num_weights + 1];
+    double partials[job->weights.num_columns + 1];
     memset(partials, 0, sizeof partials);
     for (int64_t c = 0; c < job->classes.count && chunk.first_row == 0; c++)
         for (int64_t row = -job->prefix; row < 0; row++) memset(row_of(job->grads + c, chunk.image, row), 0, (size_t)bytes);
     for (int64_t r = 0; r < chunk.num_rows; r++) backward_row(job, chunk.image, chunk.first_row + r, partials, scratch);
     if (job->partials)
-        memcpy(job->partials + number * job->num_weights, partials, (size_t)job->num_weights * sizeof *partials);
+        memcpy(job->partials + number * job->weights.num_columns, partials,
+               (size_t)job->weights.num_columns * sizeof *partials);
 }
 
 static void backward_work(void *argument, int64_t worker)

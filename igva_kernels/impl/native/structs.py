@@ -66,7 +66,14 @@ class Classes(Structure):
 class Weights(Structure):
     """``struct weights``."""
 
-    _fields_ = (("data", c_void_p), ("image_stride", c_int64), ("row_stride", c_int64))
+    _fields_ = (
+        ("data", c_void_p),
+        ("image_stride", c_int64),
+        ("row_stride", c_int64),
+        ("num_columns", c_int64),
+        ("num_named", c_int64),
+        ("indices", c_void_p),
+    )
 
 
 class Forward(Structure):
@@ -101,7 +108,6 @@ class Backward(Structure):
         ("grad_type", c_int64),
         ("map_type", c_int64),
         ("num_slots", c_int64),
-        ("num_weights", c_int64),
         ("prefix", c_int64),
         ("needed", c_void_p),
         ("grad_out", Map),
