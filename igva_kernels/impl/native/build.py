@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("mix.c")
+"""Includes the headers beside it."""
 
 SWITCH = "IGVA_KERNELS_NATIVE"
 """Environment variable: ``0`` keeps the compiled kernels out of use."""
@@ -141,7 +142,8 @@ def build_key(command: tuple[str, ...]) -> str:
         version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"`{command[0]} --version` fails: {_output_of(error)}") from error
-    parts = [SOURCE.read_bytes(), shlex.join(command).encode(), version, _processor().encode()]
+    sources = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".c", ".h"))
+    parts = [*(path.read_bytes() for path in sources), shlex.join(command).encode(), version, _processor().encode()]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())

@@ -1,0 +1,114 @@
+/* What is done with one row of D channels. Rows in scratch are float32, padded to whole steps. */
+
+enum { MAX_STREAMS = 8 };
+
+INLINE int64_t padded(int64_t width) { return (width + STEP - 1) / STEP * STEP; }
+
+INLINE void sum_streams(int type, int streams, const char *const *from, int64_t width, float *sum, int first, float scale)
+{
+    const char *stream[MAX_STREAMS];
+    for (int s = 0; s < streams; s++) stream[s] = from[s];
+    const floats factor = splat(scale);
+    for (int64_t index = 0; index < width; index += STEP) {
+        step total = load(type, stream[0], index, STEP);
+        if (!first) total = add(load_scratch(sum, index), in_order(type, total)); /* that sum is in order, so all must be */
+        for (int s = 1; s < streams; s++) {
+            const step next = load(type, stream[s], index, STEP);
+            total = add(total, first ? next : in_order(type, next));
+        }
+        if (first) total = in_order(type, total);
+        store_scratch(sum, index, multiply(total, factor));
+    }
+}
+
+/* sum = scale * ((sum if not first) + from[0] + from[1] + ...), added in this order; whole steps. */
+static __attribute__((noinline)) void sum_steps(int type, int streams, const char *const *from, int64_t width, float *sum,
+                                                int first, float scale)
+{
+#define SUM_STREAMS(n)                                                                           \
+    case n:                                                                                      \
+        if (first)                                                                               \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 1, scale));                    \
+        else                                                                                     \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 0, scale));                    \
+        break;
+    switch (streams) {
+        SUM_STREAMS(1)
+        SUM_STREAMS(2)
+        SUM_STREAMS(3)
+        SUM_STREAMS(4)
+        SUM_STREAMS(6)
+        SUM_STREAMS(MAX_STREAMS)
+    }
+#undef SUM_STREAMS
+}
+
+/* sum = scale * (from[0] + from[1] + ...), added in this order. */
+static void sum_rows(int type, const char *const *from, int64_t streams, int64_t width, float *sum, float scale)
+{
+    const int64_t whole = width / STEP * STEP, rest = (width - whole) * size_of(type);
+    int now = 0;
+    for (int64_t done = 0; done < streams; done += now) {
+        const int64_t left = streams - done;
+        now = left >= MAX_STREAMS ? MAX_STREAMS : left >= 6 ? 6 : left == 5 ? 4 : (int)left;
+        const float factor = now == left ? scale : 1.0f;
+        sum_steps(type, now, from + done, whole, sum, done == 0, factor);
+        if (rest) {
+            char ends[MAX_STREAMS][STEP * 4] = {{0}};
+            const char *end[MAX_STREAMS];
+            for (int s = 0; s < now; s++) end[s] = memcpy(ends[s], from[done + s] + whole * size_of(type), (size_t)rest);
+            sum_steps(type, now, end, STEP, sum + whole, done == 0, factor);
+        }
+    }
+}
+
+/* target = value * factor, or target += value * factor, in scratch. */
+static void add_scaled(float *target, const float *value, float factor, int64_t width, int first)
+{
+    const floats factors = splat(factor);
+    if (first)
+        for (int64_t i = 0; i < width; i += STEP) store_scratch(target, i, multiply(load_scratch(value, i), factors));
+    else
+        for (int64_t i = 0; i < width; i += STEP)
+            store_scratch(target, i, add(load_scratch(target, i), multiply(load_scratch(value, i), factors)));
+}
+
+INLINE void load_row(int type, const char *from, float *to, int64_t width)
+{
+    FOR_STEPS(width, { store_scratch(to, index, in_order(type, load(type, from, index, count))); });
+}
+
+INLINE int may_stream(const char *to) { return (uintptr_t)to % sizeof(floats) == 0; }
+
+INLINE void store_row(int type, char *to, const float *from, int64_t width)
+{
+    FOR_STEPS(width, { store(type, to, index, count, load_scratch(from, index)); });
+}
+
+INLINE void stream_row(int type, char *to, const float *from, int64_t width)
+{
+    const int64_t whole = may_stream(to) ? width / STEP * STEP : 0;
+    for (int64_t i = 0; i < whole; i += STEP) stream_step(type, to + i * size_of(type), load_scratch(from, i));
+    store_row(type, to + whole * size_of(type), from + whole, width - whole);
+}
+
+/* A row as it is, bit for bit. */
+static void stream_copy(char *to, const char *from, int64_t bytes)
+{
+    const int64_t size = sizeof(step), whole = may_stream(to) ? bytes / size * size : 0;
+    for (int64_t i = 0; i < whole; i += size) stream_step(FLOAT32, to + i, load_step(FLOAT32, from + i));
+    memcpy(to + whole, from + whole, (size_t)(bytes - whole));
+}
+
+/* The dot product of a row in scratch with a row of a map, in lanes whose number and order are fixed. */
+INLINE double dot_row(int type, const float *left, const char *right, int64_t width)
+{
+    step total = {{0}, {0}};
+    FOR_STEPS(width, {
+        const step a = load_scratch(left, index), b = in_order(type, load(type, right, index, count));
+        total = add(total, (step){a.low * b.low, a.high * b.high});
+    });
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += (double)total.low[lane] + (double)total.high[lane];
+    return sum;
+}
