@@ -1,8 +1,8 @@
 """The machine code of every kernel: 128-bit accesses, each state read once, no spills, no fp64, bounded registers.
 
 The expected accesses of a case are stated here, derived from the plan; the exact numbers and the registers stand in
-``budgets.json``. All cases are IGVA on the 24 layers of CLIP-L, with the widths of CLIP-L (1024) and SigLIP-so400m
-(1152, not a power of two).
+``budgets.json``. The plans are those of CLIP-L's 24 layers, the widths those of CLIP-L (1024) and SigLIP-so400m (1152,
+not a power of two).
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from igva_kernels.plan import FusionPlan
+from igva_kernels.plan import FusionPlan, Mean, Weighted
+from igva_kernels.program import Norm
 
 BATCH, PATCHES, PREFIX = 16, 576, 1
-SOURCES, GROUPS, SLOTS, CLASSES = 24, 4, 2, 5  # of the plan below; the penultimate layer is a class of its own
-PLAN = FusionPlan.igva(num_layers=24, num_groups=4)
+CHOSEN = 4  # layers that a token names, of sparse weights
+
+IGVA = FusionPlan.igva(num_layers=24, num_groups=4)  # 24 sources, 5 gradient classes: the penultimate layer is its own
+LAYERS = tuple((layer,) for layer in range(1, 25))
+TGIF = FusionPlan(24, (Weighted(LAYERS, plus=-2),))  # 24 groups of one layer, and one that is added as it is
+NORMALISED = FusionPlan(24, (Mean(tuple(range(1, 25)), norm=Norm("layer")),))
 
 
 @dataclass(frozen=True)
@@ -30,111 +35,161 @@ class Case:
         reads: maps read.
         writes: maps written.
         sums: scalars written, the partial sums of dL/dw.
-        weights: whether the weights are read, as scalars.
+        scalars: scalars read: the weights, and the columns of sparse ones.
+        plan: what is mixed.
+        wide_reads: how many of ``reads`` are float32 whatever the states are, two accesses of a thread.
+        wide_writes: the same of ``writes``.
     """
 
     run: Callable[[Any, dict[str, Any]], object]
     reads: int
     writes: int
     sums: int = 0
-    weights: bool = False
+    scalars: int = 0
+    plan: FusionPlan = IGVA
+    wide_reads: int = 0
+    wide_writes: int = 0
+
+
+def _forward(kernels: Any, t: dict[str, Any], weights: str | None = "weights", save: bool = False) -> None:
+    indices = t["indices"] if weights == "values" else None
+    program = t["plan"].program
+    kernels.fuse_forward(t["states"], t[weights] if weights else None, program, PREFIX, save, indices=indices)
 
 
 def _backward(kernels: Any, t: dict[str, Any], *, dw: bool, dh: bool, means: bool = True, weights: str = "weights") -> None:
     states, saved = ([], t["means"]) if means or not dw else (t["states"], None)
+    indices = t["indices"] if weights == "values" else None
     kernels.fuse_backward(
-        t["grad"], states, saved, t[weights], PLAN.program, PREFIX, PREFIX + PATCHES, needs_weights=dw, needs_states=dh
+        t["grad"],
+        states,
+        saved,
+        t[weights],
+        t["plan"].program,
+        PREFIX,
+        PREFIX + PATCHES,
+        needs_weights=dw,
+        needs_states=dh,
+        indices=indices,
     )
 
 
+def _normalised_backward(kernels: Any, t: dict[str, Any]) -> None:
+    program = t["plan"].program
+    kernels.fuse_backward(t["grad"], t["states"], None, None, program, PREFIX, PREFIX + PATCHES, False, True)
+
+
 def _summaries(kernels: Any, t: dict[str, Any], summary: str) -> None:
-    kernels.summaries_forward(t["states"], PLAN.summary_program, PREFIX, summary)
+    kernels.summaries_forward(t["states"], t["plan"].summary_program, PREFIX, summary)
 
 
 def _summaries_backward(kernels: Any, t: dict[str, Any], summary: str) -> None:
-    kernels.summaries_backward(t["grad_summaries"], PLAN.summary_program, PREFIX, PREFIX + PATCHES, summary)
+    kernels.summaries_backward(t["grad_summaries"], t["plan"].summary_program, PREFIX, PREFIX + PATCHES, summary)
 
 
 CASES = {
-    "forward": Case(
-        lambda k, t: k.fuse_forward(t["states"], t["weights"], PLAN.program, PREFIX, False),
-        reads=SOURCES,
-        writes=SLOTS,
-        weights=True,
+    "forward": Case(_forward, reads=24, writes=2, scalars=4),
+    "forward, means saved": Case(lambda k, t: _forward(k, t, save=True), reads=24, writes=2 + 4, scalars=4),
+    "forward, weights per token": Case(lambda k, t: _forward(k, t, "token_weights"), reads=24, writes=2, scalars=4),
+    "group means": Case(lambda k, t: k.reduce_forward(t["states"], IGVA.program, PREFIX), reads=24, writes=4),
+    "group means in float32": Case(
+        lambda k, t: k.reduce_forward(t["states"], IGVA.program, PREFIX, dtype=torch.float32),
+        reads=24,
+        writes=4,
+        wide_writes=4,
     ),
-    "forward, means saved": Case(
-        lambda k, t: k.fuse_forward(t["states"], t["weights"], PLAN.program, PREFIX, True),
-        reads=SOURCES,
-        writes=SLOTS + GROUPS,
-        weights=True,
+    "mix of float32 means": Case(
+        lambda k, t: k.fuse_forward(t["wide_means"], t["weights"], IGVA.mix_program, 0, False, dtype=t["states"][0].dtype),
+        reads=4 + 1,
+        writes=2,
+        scalars=4,
+        wide_reads=4,
     ),
-    "forward, weights per token": Case(
-        lambda k, t: k.fuse_forward(t["states"], t["token_weights"], PLAN.program, PREFIX, False),
-        reads=SOURCES,
-        writes=SLOTS,
-        weights=True,
-    ),
-    "group means": Case(lambda k, t: k.reduce_forward(t["states"], PLAN.program, PREFIX), reads=SOURCES, writes=GROUPS),
     "group means, backward": Case(
-        lambda k, t: k.reduce_backward(t["means"], PLAN.program, PREFIX, PREFIX + PATCHES), reads=GROUPS, writes=CLASSES
+        lambda k, t: k.reduce_backward(t["means"], IGVA.program, PREFIX, PREFIX + PATCHES), reads=4, writes=5
     ),
     # dL/dw needs the gradient of the fused slot alone
-    "dw from means": Case(lambda k, t: _backward(k, t, dw=True, dh=False), reads=1 + GROUPS, writes=0, sums=GROUPS),
-    "dw from states": Case(
-        lambda k, t: _backward(k, t, dw=True, dh=False, means=False), reads=1 + SOURCES, writes=0, sums=GROUPS
-    ),
-    "dh": Case(lambda k, t: _backward(k, t, dw=False, dh=True), reads=SLOTS, writes=CLASSES, weights=True),
-    "dw and dh, from means": Case(
-        lambda k, t: _backward(k, t, dw=True, dh=True), reads=SLOTS + GROUPS, writes=CLASSES, sums=GROUPS, weights=True
-    ),
+    "dw from means": Case(lambda k, t: _backward(k, t, dw=True, dh=False), reads=1 + 4, writes=0, sums=4),
+    "dw from states": Case(lambda k, t: _backward(k, t, dw=True, dh=False, means=False), reads=1 + 24, writes=0, sums=4),
+    "dh": Case(lambda k, t: _backward(k, t, dw=False, dh=True), reads=2, writes=5, scalars=4),
+    "dw and dh, from means": Case(lambda k, t: _backward(k, t, dw=True, dh=True), reads=2 + 4, writes=5, sums=4, scalars=4),
     "dw and dh, from states": Case(
-        lambda k, t: _backward(k, t, dw=True, dh=True, means=False),
-        reads=SLOTS + SOURCES,
-        writes=CLASSES,
-        sums=GROUPS,
-        weights=True,
+        lambda k, t: _backward(k, t, dw=True, dh=True, means=False), reads=2 + 24, writes=5, sums=4, scalars=4
     ),
     "dw and dh, weights per token": Case(
-        lambda k, t: _backward(k, t, dw=True, dh=True, weights="token_weights"),
-        reads=SLOTS + GROUPS,
-        writes=CLASSES,
-        sums=GROUPS,
-        weights=True,
+        lambda k, t: _backward(k, t, dw=True, dh=True, weights="token_weights"), reads=2 + 4, writes=5, sums=4, scalars=4
     ),
-    "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=SOURCES, writes=GROUPS),
-    "cls summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "cls"), reads=GROUPS, writes=GROUPS),
+    "dw and dh from states, weights per token": Case(
+        lambda k, t: _backward(k, t, dw=True, dh=True, means=False, weights="token_weights"),
+        reads=2 + 24,
+        writes=5,
+        sums=4,
+        scalars=4,
+    ),
+    "layers, forward": Case(_forward, reads=24, writes=1, scalars=24, plan=TGIF),
+    "layers, dw and dh": Case(
+        lambda k, t: _backward(k, t, dw=True, dh=True, means=False), reads=1 + 24, writes=24, sums=24, scalars=24, plan=TGIF
+    ),
+    # the loads are in the code for every layer; those that a token does not name are masked off when it runs
+    "sparse, forward": Case(lambda k, t: _forward(k, t, "values"), reads=24, writes=1, scalars=2 * CHOSEN, plan=TGIF),
+    "sparse, dw": Case(
+        lambda k, t: _backward(k, t, dw=True, dh=False, means=False, weights="values"),
+        reads=1 + 24,
+        writes=0,
+        sums=CHOSEN,
+        scalars=CHOSEN,
+        plan=TGIF,
+    ),
+    "sparse, dw and dh": Case(
+        lambda k, t: _backward(k, t, dw=True, dh=True, means=False, weights="values"),
+        reads=1 + 24,
+        writes=24,
+        sums=CHOSEN,
+        scalars=2 * CHOSEN,
+        plan=TGIF,
+    ),
+    "normalised, forward": Case(lambda k, t: _forward(k, t, None), reads=24, writes=1, plan=NORMALISED),
+    "normalised, dh": Case(_normalised_backward, reads=1 + 24, writes=24, plan=NORMALISED),
+    "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=24, writes=4),
+    "cls summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "cls"), reads=4, writes=4),
     # its partial sums of ROWS patches are float32 scalars, one a thread and group
-    "patch summaries": Case(lambda k, t: _summaries(k, t, "mean_patch"), reads=SOURCES, writes=0, sums=GROUPS),
-    "patch summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=GROUPS, writes=GROUPS),
+    "patch summaries": Case(lambda k, t: _summaries(k, t, "mean_patch"), reads=24, writes=0, sums=4),
+    # the gradient of the mean patch arrives in float32
+    "patch summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=4, writes=4, wide_reads=4),
 }
 
-# The gradient of the mean patch arrives in float32, so a thread with 8 elements reads it with two accesses of 128 bits.
-READS_FLOAT32 = "patch summaries, backward"
-
 # Everything in bfloat16 on each target. Other dtypes and widths take the same code with other constants: one target,
-# and the cases that differ most, keep the folder under three minutes.
+# and the cases that differ most, keep the folder under five minutes.
 BROAD = ["forward", "forward, means saved", "group means", "dw from means", "dw and dh, from states", "patch summaries"]
 MATRIX = [
     *((case, target, torch.bfloat16, 1024) for case in CASES for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *((case, "sm_90", torch.float32, 1024) for case in BROAD),
-    *((case, "sm_90", torch.bfloat16, 1152) for case in (*BROAD, "forward, weights per token")),
+    *((case, "sm_90", torch.bfloat16, 1152) for case in (*BROAD, "forward, weights per token", "sparse, forward")),
     *((case, "sm_90", torch.float16, 1024) for case in ("forward", "dw from means")),
 ]
 
 
-def tensors(dtype: torch.dtype, width: int, batch: int = BATCH, patches: int = PATCHES, offset: int = 0) -> dict[str, Any]:
+def tensors(
+    plan: FusionPlan, dtype: torch.dtype, width: int, batch: int = BATCH, patches: int = PATCHES, offset: int = 0
+) -> dict[str, Any]:
     """What the cases take: address space only, as nothing is ever written to it. ``offset`` misaligns the states."""
-    tokens = PREFIX + patches
+    tokens, columns = PREFIX + patches, plan.num_groups
     return {
+        "plan": plan,
         "states": [
-            torch.empty(offset + batch * tokens * width, dtype=dtype)[offset:].view(batch, tokens, width)
-            for _ in range(SOURCES)
+            torch.empty(offset + batch * tokens * width, dtype=dtype)[offset:].view(batch, tokens, width) for _ in plan.sources
         ],
-        "weights": torch.empty(batch, GROUPS),
-        "token_weights": torch.empty(batch, patches, GROUPS),
-        "means": torch.empty(GROUPS, batch, patches, width, dtype=dtype),
-        "grad": torch.empty(batch, patches, SLOTS * width, dtype=dtype),
-        "grad_summaries": torch.empty(batch, GROUPS, width, dtype=dtype),
+        "weights": torch.empty(batch, columns),
+        "token_weights": torch.empty(batch, patches, columns),
+        "values": torch.empty(batch, patches, CHOSEN),
+        "indices": torch.empty(batch, patches, CHOSEN, dtype=torch.int64),
+        "means": torch.empty(len(plan.program.groups), batch, patches, width, dtype=dtype),
+        "wide_means": [
+            *(torch.empty(batch, patches, width) for _ in plan.program.groups),
+            *(torch.empty(batch, tokens, width, dtype=dtype)[:, PREFIX:] for _ in plan.program.copied_sources),
+        ],
+        "grad": torch.empty(batch, patches, plan.num_slots * width, dtype=dtype),
+        "grad_summaries": torch.empty(batch, columns, width, dtype=dtype),
     }
 
 
@@ -142,11 +197,13 @@ def tensors(dtype: torch.dtype, width: int, batch: int = BATCH, patches: int = P
 def record(machine_code) -> Callable[..., Any]:
     """The launch of a case, recorded instead of executed."""
     import igva_kernels.impl.triton as kernels
-    from igva_kernels.impl.triton import mix_backward, mix_forward, patch_sums
+    from igva_kernels.impl.triton import mix_backward, mix_forward, patch_sums, row_backward, row_forward
+
+    modules = (mix_forward, mix_backward, row_forward, row_backward, patch_sums)
 
     def record(case: str, target: str, inputs: dict[str, Any]) -> Any:
         warp = machine_code.TARGETS[target].warp_size
-        with machine_code.recorded_launches(mix_forward, mix_backward, patch_sums, warp_size=warp) as launches:
+        with machine_code.recorded_launches(*modules, warp_size=warp) as launches:
             CASES[case].run(kernels, inputs)
         (launch,) = launches  # one pass is one launch
         return launch
@@ -158,18 +215,22 @@ def record(machine_code) -> Callable[..., Any]:
     ("case", "target", "dtype", "width"), MATRIX, ids=lambda value: str(value).removeprefix("torch.").replace(",", "")
 )
 def test_machine_code_stays_within_its_budget(machine_code, record, budgets, case, target, dtype, width) -> None:
-    code = machine_code.compile_launch(record(case, target, tensors(dtype, width)), target)
+    expected = CASES[case]
+    launch = record(case, target, tensors(expected.plan, dtype, width))
+    code = machine_code.compile_launch(launch, target)
 
-    reads = CASES[case].reads * (2 if dtype.itemsize == 2 and case == READS_FLOAT32 else 1)
-    if target == "gfx942" and CASES[case].weights:
-        # LLVM may load the four weights of an image with one wide load, or through the scalar unit
-        assert code.wide_loads - reads in (0, 1)
-        assert code.narrow_loads <= GROUPS
+    pieces = launch.kwargs.get("PIECES", 1)  # of a row; a flat tile is one
+    narrow = dtype.itemsize == 2  # so that a float32 map takes two accesses of a thread
+    reads = pieces * (expected.reads + narrow * expected.wide_reads)
+    writes = pieces * (expected.writes + narrow * expected.wide_writes)
+    if target == "gfx942":  # LLVM loads and stores some scalars together, or loads them through the scalar unit
+        assert 0 <= code.wide_loads - reads <= expected.scalars // 2
+        assert code.narrow_loads <= expected.scalars
+        assert 0 <= code.wide_stores - writes <= expected.sums // 2
+        assert code.narrow_stores <= expected.sums
     else:
-        assert code.wide_loads == reads
-        assert code.narrow_loads == (GROUPS if CASES[case].weights else 0)
-    assert code.wide_stores == CASES[case].writes
-    assert code.narrow_stores == CASES[case].sums
+        assert (code.wide_loads, code.narrow_loads) == (reads, expected.scalars)
+        assert (code.wide_stores, code.narrow_stores) == (writes, expected.sums)
     assert code.spills == 0
     assert code.float64 == 0
     budgets.check(f"{case} | {target} | {str(dtype).removeprefix('torch.')} | {width}", code.as_dict())
@@ -177,7 +238,7 @@ def test_machine_code_stays_within_its_budget(machine_code, record, budgets, cas
 
 def test_a_misaligned_state_breaks_the_budget(machine_code, record, budgets) -> None:
     """The check bites: without the 16-byte alignment that check_supported demands there is no wide load left."""
-    launch = record("forward", "sm_90", tensors(torch.bfloat16, 1024, offset=1))
+    launch = record("forward", "sm_90", tensors(IGVA, torch.bfloat16, 1024, offset=1))
     code = machine_code.compile_launch(launch, "sm_90")
     assert code.wide_loads == 0
     with pytest.raises(AssertionError, match="budget"):
@@ -186,13 +247,13 @@ def test_a_misaligned_state_breaks_the_budget(machine_code, record, budgets) -> 
 
 def test_float64_states_use_float64_arithmetic(machine_code, record) -> None:
     """The count of fp64 instructions is not blind: gradcheck needs them, 16- and 32-bit inputs must have none."""
-    code = machine_code.compile_launch(record("forward", "sm_90", tensors(torch.float64, 1024)), "sm_90")
+    code = machine_code.compile_launch(record("forward", "sm_90", tensors(IGVA, torch.float64, 1024)), "sm_90")
     assert code.float64 > 0
-    assert (code.wide_loads, code.wide_stores, code.spills) == (SOURCES, SLOTS, 0)
+    assert (code.wide_loads, code.wide_stores, code.spills) == (24, 2, 0)
 
 
 def test_states_are_evicted_first_only_when_asked(machine_code, record) -> None:
-    launch = record("forward", "sm_90", tensors(torch.bfloat16, 1024))
+    launch = record("forward", "sm_90", tensors(IGVA, torch.bfloat16, 1024))
     assert launch.kwargs["EVICT_FIRST"]
     kept = replace(launch, kwargs={**launch.kwargs, "EVICT_FIRST": False})
     assert machine_code.compile_launch(launch, "sm_90").evict_first
@@ -203,7 +264,9 @@ def test_states_are_evicted_first_only_when_asked(machine_code, record) -> None:
 def test_other_sizes_reuse_the_compiled_kernel(machine_code, record, case) -> None:
     """A change of B or N must not compile in mid-run; 1 and multiples of 16 are what Triton would specialise on."""
     keys = {
-        machine_code.compilation_key(record(case, "sm_90", tensors(torch.bfloat16, 1024, batch, patches)), "sm_90")
+        machine_code.compilation_key(
+            record(case, "sm_90", tensors(CASES[case].plan, torch.bfloat16, 1024, batch, patches)), "sm_90"
+        )
         for batch, patches in ((1, 1), (2, 3), (16, 576), (3, 1024))
     }
     assert len(keys) == 1

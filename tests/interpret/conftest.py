@@ -15,8 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
+from igva_kernels.program import Norm
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -34,12 +36,20 @@ PLANS = {
     "two_weighted": FusionPlan(4, (Weighted(((1,), (2, 3))), Layer(-1), Weighted(((1, 2), (3, 4))))),
     "repeated_group": FusionPlan(4, (Weighted(((1, 2), (3, 4))), Weighted(((1, 2), (3, 4))))),
     "plain_and_weighted": FusionPlan(4, (Mean((1, 2)), Weighted(((1, 2), (3,))))),
+    "layers_and_one_as_it_is": FusionPlan(4, (Weighted(((1,), (2,), (3,), (4,)), plus=-2),)),
+    "groups_that_end_out_of_order": FusionPlan(4, (Weighted(((2, 4), (1,), (0, 3)), plus=0), Layer(1))),
+}
+NORMALISED_PLANS = {
+    "layer_norm": FusionPlan(3, (Mean((1, 2, 3), norm=Norm("layer")),)),
+    "rms_norm": FusionPlan(2, (Mean((1, 2), norm=Norm("rms", 1e-6)), Layer(1))),
+    "weighted": FusionPlan(4, (Weighted(((1, 2), (3,)), plus=-2, norm=Norm("layer", 1e-6)), Layer(0))),
+    "with_and_without": FusionPlan(3, (Weighted(((1, 2),), norm=Norm("rms")), Weighted(((1, 2), (0, 3))))),
 }
 WEIGHTED_PLANS = {name: plan for name, plan in PLANS.items() if plan.num_groups}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, plans in (("plan", PLANS), ("weighted_plan", WEIGHTED_PLANS)):
+    for name, plans in (("plan", PLANS), ("weighted_plan", WEIGHTED_PLANS), ("normalised_plan", NORMALISED_PLANS)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, plans.values(), ids=plans.keys())
 
@@ -125,6 +135,13 @@ def make_weights() -> Callable[..., Tensor | None]:
     return make
 
 
+def _normalised(state: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return state
+    normalise = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
+    return normalise(state, state.shape[-1:], eps=norm.eps)
+
+
 def _formula(states: list[Tensor], plan: FusionPlan, weights: Tensor | None, prefix: int) -> Tensor:
     """The definition, straight from the plan: every slot for itself, in the dtype of its arguments."""
     patches = [state[:, prefix:] for state in states]
@@ -133,13 +150,15 @@ def _formula(states: list[Tensor], plan: FusionPlan, weights: Tensor | None, pre
         if isinstance(slot, Layer):
             slots.append(patches[slot.index])
         elif isinstance(slot, Mean):
-            slots.append(sum(patches[layer] for layer in slot.layers) / len(slot.layers))
+            slots.append(sum(_normalised(patches[layer], slot.norm) for layer in slot.layers) / len(slot.layers))
         else:
             total = torch.zeros_like(patches[0])
             for group in slot.groups:
                 weight = weights[..., column].reshape(*weights.shape[:-1], *(1,) * (4 - weights.ndim))
-                total = total + weight * (sum(patches[layer] for layer in group) / len(group))
+                total = total + weight * (sum(_normalised(patches[layer], slot.norm) for layer in group) / len(group))
                 column += 1
+            if slot.plus is not None:
+                total = total + patches[slot.plus]
             slots.append(total)
     return torch.cat(slots, dim=-1)
 

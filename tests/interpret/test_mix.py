@@ -262,3 +262,47 @@ def test_the_result_is_the_same_on_every_run(kernels, make_states, make_weights)
         return [out, means, grad_weights]
 
     assert all(map(torch.equal, run(), run()))
+
+
+# ---- two dtypes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sharing", ["image", "token"])
+def test_float32_means_give_the_bits_of_one_step(kernels, plan, dtype, sharing, make_states, make_weights) -> None:
+    """Also beside copies of the towers' type, and where a slot sums in another order than its groups end."""
+    states, weights = make_states(plan, patches=4, dtype=dtype), make_weights(plan, sharing, patches=4)
+    program, sources = plan.program, read_by(plan, states)
+    one, _ = kernels.fuse_forward(sources, weights, program, 1, False)
+    means = kernels.reduce_forward(sources, program, 1, dtype=torch.float32)
+    assert means.dtype == torch.float32
+    maps = [*means.unbind(0), *(sources[source][:, 1:] for source in program.copied_sources)]
+    assert kernels.check_supported(maps, weights, plan.mix_program, 0) is None
+    two, _ = kernels.fuse_forward(maps, weights, plan.mix_program, 0, False, dtype=dtype)
+    assert two.dtype == dtype and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("sharing", ["image", "token"])
+def test_gradients_of_the_mix_of_wide_means(kernels, sharing, make_states, make_weights, assert_as_exact_as) -> None:
+    states, weights = make_states(IGVA, patches=4, dtype=torch.float16), make_weights(IGVA, sharing, patches=4)
+    means = kernels.reduce_forward(read_by(IGVA, states), IGVA.program, 1, dtype=torch.float32)
+    maps = [*means.unbind(0), states[3][:, 1:]]
+    grad_out = torch.randn(2, 4, 80).half()
+    grad_weights, grads = kernels.fuse_backward(grad_out, maps, None, weights, IGVA.mix_program, 0, 4, True, True)
+    products = grad_out[:, :, None, :40].double() * means.double().permute(1, 2, 0, 3)  # (B, N, K, D)
+    exact = products.sum(-1) if sharing == "token" else products.sum((1, 3))
+    assert_as_exact_as(grad_weights, exact.float(), exact, slack=20)
+    scale = weights if sharing == "token" else weights[:, None]
+    for column in range(2):
+        exact = scale[..., column, None].double() * grad_out[..., :40].double()
+        assert_as_exact_as(grads[column], exact.half(), exact, slack=0.5)
+
+
+def test_a_width_that_fits_the_wide_type_alone(kernels, make_states) -> None:
+    """D = 12 holds whole units of float32 and no whole unit of the output's type."""
+    means = [torch.randn(2, 4, 12) for _ in range(2)]
+    plan = FusionPlan(2, (Weighted(((1,), (2,))),))
+    weights = torch.randn(2, 2)
+    out, _ = kernels.fuse_forward(means, weights, plan.program, 0, False, dtype=torch.float16)
+    exact = (weights[:, :, None, None] * torch.stack(means, dim=1)).sum(1)
+    torch.testing.assert_close(out, exact.half(), rtol=2**-10, atol=2**-10)

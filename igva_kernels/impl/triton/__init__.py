@@ -18,15 +18,19 @@ from igva_kernels.impl.reference import accumulation_dtype
 from igva_kernels.impl.triton.launch import (
     ACCESS_BYTES,
     Streams,
+    accumulation_of,
+    common_access,
     elements_per_access,
     flat_tile,
-    mix_tile,
     narrow_tile,
+    row_tile,
     stride_over,
 )
 from igva_kernels.impl.triton.mix_backward import launch_mix_backward
 from igva_kernels.impl.triton.mix_forward import launch_mix_forward
 from igva_kernels.impl.triton.patch_sums import launch_patch_sums
+from igva_kernels.impl.triton.row_backward import launch_row_backward
+from igva_kernels.impl.triton.row_forward import launch_row_forward
 from igva_kernels.impl.triton.schedule import (
     Schedule,
     gradient_schedule,
@@ -58,23 +62,56 @@ def fuse_forward(
     indices: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mix, (B, N, S*D) from states (B, T, D), and the (G_w, B, N, D) means of the weighted groups if asked for."""
+    """The mix, (B, N, S*D) from states (B, T, D), and the (G_w, B, N, D) means of the weighted groups if asked for.
+
+    Both in ``dtype``, or in that of the states. With sparse weights, ``weights`` (B, N, k) at the columns ``indices``
+    (B, N, k), a state is read where a token names it, and the mean of a group where a token does not name it is
+    arbitrary: the backward does not read it there.
+    """
     batch, num_tokens, width = states[0].shape
     num_patches = num_tokens - num_prefix_tokens
+    dtype = states[0].dtype if dtype is None else dtype
+    out = states[0].new_empty(batch, num_patches, len(program.slots) * width, dtype=dtype)
+    means = None
+    if save_means:
+        means = states[0].new_empty(program.num_weighted_groups, batch, num_patches, width, dtype=dtype)
+    _launch_forward(states, mix_schedule(program), weights, indices, out, means, num_patches, num_prefix_tokens)
+    return out, out.new_empty(0) if means is None else means
+
+
+def _launch_forward(
+    states: Sequence[Tensor],
+    schedule: Schedule,
+    weights: Tensor | None,
+    indices: Tensor | None,
+    out: Tensor | None,
+    means: Tensor | None,
+    num_rows: int,
+    first_row: int,
+) -> None:
+    """Flat tiles where the weights are those of an image and no row has a norm, else row tiles."""
+    width = states[0].shape[2]
+    vec = common_access(states, width, *(result.dtype for result in (out, means) if result is not None))
+    streams = Streams.of(states, vec)
     weights = None if weights is None else weights.contiguous()
-    out = states[0].new_empty(batch, num_patches, len(program.slots) * width)
-    means = states[0].new_empty(program.num_weighted_groups, batch, num_patches, width) if save_means else None
-    launch_mix_forward(
-        Streams.of(states),
-        mix_schedule(program),
+    if not (schedule.has_norms or (weights is not None and weights.ndim == 3)):
+        tile = flat_tile(vec, width)
+        launch_mix_forward(streams, schedule, weights, out, means, tile=tile, num_rows=num_rows, first_row=first_row)
+        return
+    # The sums of the slots, those of the groups that wait, and the row at hand. Copies and finished means are as good as
+    # stored.
+    held = sum(len(terms) > 0 for terms in schedule.terms) + schedule.open_groups + 1
+    launch_row_forward(
+        streams,
+        schedule,
         weights,
+        None if indices is None else indices.contiguous(),
         out,
         means,
-        tile=mix_tile(out.dtype, width, weights),
-        num_rows=num_patches,
-        first_row=num_prefix_tokens,
+        tile=row_tile(vec, width, accumulation_of(*(state.dtype for state in states)), held),
+        num_rows=num_rows,
+        first_row=first_row,
     )
-    return out, out.new_empty(0) if means is None else means
 
 
 def fuse_backward(
@@ -93,66 +130,101 @@ def fuse_backward(
     """The vector-Jacobian product of :func:`fuse_forward`: dL/dw, and one dL/dh a gradient class."""
     batch, num_patches, channels = grad_out.shape
     width = channels // len(program.slots)
-    weights = None if weights is None else weights.contiguous()
-    grad_out = _readable(grad_out)
-    vec = elements_per_access(grad_out.dtype)
-    tile = mix_tile(grad_out.dtype, width, weights)
-    num_rows = num_tokens if needs_states else num_patches
-    skipped_rows = num_prefix_tokens if needs_states else 0
-
-    partials = None
-    if needs_weights:
-        partials = grad_out.new_empty(
-            batch, tile.count(num_rows), program.num_weights, dtype=accumulation_dtype(grad_out.dtype)
-        )
+    means = means if needs_weights else None
+    schedule = gradient_schedule(program, needs_weights and means is None, needs_states)
+    sources = states if (needs_weights and means is None) or (needs_states and schedule.has_norms) else ()
+    maps = [*sources, *(() if means is None else (means,))]
+    vec = common_access(sources, width, grad_out.dtype, *(each.dtype for each in maps))
+    grad_out = _readable(grad_out, vec)
     grad_states = _empty_states(grad_out, program, (batch, num_tokens, width), grad_out.dtype) if needs_states else None
-    launch_mix_backward(
+    partials = _launch_backward(
         grad_out,
         (stride_over(grad_out, 0) // vec, width // vec, stride_over(grad_out, 1) // vec),
-        gradient_schedule(program, needs_states),
-        weights if needs_states else None,
-        Streams.of(states) if needs_weights and means is None else None,
-        means if needs_weights else None,
-        partials,
+        schedule,
+        weights,
+        indices,
+        Streams.of(sources, vec) if sources else None,
+        means,
         grad_states,
-        tile=tile,
+        vec=vec,
         batch=batch,
-        num_rows=num_rows,
+        width=width,
+        num_rows=num_tokens if needs_states else num_patches,
         num_patches=num_patches,
-        skipped_rows=skipped_rows,
+        skipped_rows=num_prefix_tokens if needs_states else 0,
         first_row=num_prefix_tokens,
+        needs_weights=needs_weights,
     )
-    grad_weights = None
-    if partials is not None:
-        grad_weights = _sum_partials(partials, weights, skipped_rows)
-    return grad_weights, list(grad_states or ())
+    if partials is None:
+        return None, list(grad_states or ())
+    # sums over tiles or tokens, (B, many, K), in an order that depends on the shape alone
+    if weights.ndim < 3:
+        partials = partials.sum(dim=1) if weights.ndim == 2 else partials.sum(dim=(0, 1))
+    return partials, list(grad_states or ())
 
 
-def _sum_partials(partials: Tensor, weights: Tensor, skipped_rows: int) -> Tensor:
-    """The sums over tiles, (B, tiles, K), to the shape of the weights, in an order that depends on the shape alone."""
-    if weights.ndim == 3:  # a tile is a row: nothing is left to add
-        return partials[:, skipped_rows:].contiguous()
-    return partials.sum(dim=1) if weights.ndim == 2 else partials.sum(dim=(0, 1))
+def _launch_backward(
+    grad_out: Tensor,
+    grad_strides: tuple[int, int, int],
+    schedule: Schedule,
+    weights: Tensor | None,
+    indices: Tensor | None,
+    streams: Streams | None,
+    means: Tensor | None,
+    grad_states: tuple[Tensor, ...] | None,
+    *,
+    vec: int,
+    batch: int,
+    width: int,
+    num_rows: int,
+    num_patches: int,
+    skipped_rows: int,
+    first_row: int,
+    needs_weights: bool,
+) -> Tensor | None:
+    """Fill ``grad_states`` and return dL/dw of each tile or token, (B, tiles or N, K or k); either may be None.
+
+    The shape of the tiles is chosen as in the forward. A norm that is only in the saved means needs no row.
+    """
+    accumulation = accumulation_of(grad_out.dtype, *(state.dtype for state in (streams.states if streams else ())))
+    per_token = weights is not None and weights.ndim == 3
+    rows = per_token or (schedule.has_norms and streams is not None)
+    if rows:
+        # the gradients of the slots, a state, its normalised row and its gradient
+        tile = row_tile(vec, width, accumulation, len(schedule.terms) + (3 if schedule.has_norms else 2))
+    else:
+        tile = flat_tile(vec, width)
+    partials = None
+    if needs_weights:
+        columns = len(schedule.columns) if indices is None else indices.shape[2]
+        partials = grad_out.new_empty(batch, num_patches if rows else tile.count(num_rows), columns, dtype=accumulation)
+    weights = weights.contiguous() if weights is not None and grad_states is not None else None
+    shape = {
+        "tile": tile,
+        "batch": batch,
+        "num_rows": num_rows,
+        "num_patches": num_patches,
+        "skipped_rows": skipped_rows,
+        "first_row": first_row,
+    }
+    if rows:
+        indices = None if indices is None else indices.contiguous()
+        launch_row_backward(grad_out, grad_strides, schedule, weights, indices, streams, means, partials, grad_states, **shape)
+    else:
+        launch_mix_backward(grad_out, grad_strides, schedule, weights, streams, means, partials, grad_states, **shape)
+    return partials
 
 
 def reduce_forward(
     states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The (G, B, N, D) means of all groups of the program."""
+    """The (G, B, N, D) means of all groups of the program, in ``dtype`` or that of the states."""
     batch, num_tokens, width = states[0].shape
     num_patches = num_tokens - num_prefix_tokens
-    means = states[0].new_empty(len(program.groups), batch, num_patches, width)
+    dtype = states[0].dtype if dtype is None else dtype
+    means = states[0].new_empty(len(program.groups), batch, num_patches, width, dtype=dtype)
     if means.numel():
-        launch_mix_forward(
-            Streams.of(states),
-            means_schedule(program),
-            None,
-            None,
-            means,
-            tile=flat_tile(means.dtype, width),
-            num_rows=num_patches,
-            first_row=num_prefix_tokens,
-        )
+        _launch_forward(states, means_schedule(program), None, None, None, means, num_patches, num_prefix_tokens)
     return means
 
 
@@ -164,24 +236,42 @@ def reduce_backward(
     *,
     states: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class."""
+    """The vector-Jacobian product of :func:`reduce_forward`, one (B, T, D) a gradient class.
+
+    ``states`` are needed where the program has norms.
+    """
     _, batch, num_patches, width = grad_means.shape
-    row = width // elements_per_access(grad_means.dtype)
-    return _grads_of_plain_means(
+    schedule = means_schedule(program)
+    sources = states if states is not None and schedule.has_norms else ()
+    vec = common_access(sources, width, grad_means.dtype)
+    row = width // vec
+    grad_states = _empty_states(grad_means, program, (batch, num_tokens, width), grad_means.dtype)
+    _launch_backward(
         _aligned(grad_means.contiguous()),
         (num_patches * row, batch * num_patches * row, row),  # (G, B, N, D) over image, group, row
-        means_schedule(program),
-        program,
-        (batch, num_tokens, width),
-        grad_means.dtype,
-        range(num_prefix_tokens, num_tokens),
+        schedule,
+        None,
+        None,
+        Streams.of(sources, vec) if sources else None,
+        None,
+        grad_states,
+        vec=vec,
+        batch=batch,
+        width=width,
+        num_rows=num_tokens,
+        num_patches=num_patches,
+        skipped_rows=num_prefix_tokens,
+        first_row=num_prefix_tokens,
+        needs_weights=False,
     )
+    return list(grad_states)
 
 
 def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, summary: str) -> Tensor:
     """One vector for each weight column, (B, K, D): the mean of the CLS rows of its group, or of all its patches."""
     batch, num_tokens, width = states[0].shape
-    streams, schedule = Streams.of(states), summary_schedule(program)
+    vec = elements_per_access(states[0].dtype)
+    streams, schedule = Streams.of(states, vec), summary_schedule(program)
     if summary == "mean_patch":
         num_patches = num_tokens - num_prefix_tokens
         sums = launch_patch_sums(streams, schedule, num_patches, num_prefix_tokens).sum(dim=1)
@@ -193,7 +283,7 @@ def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_
         None,
         summaries,  # K slots of one row
         None,
-        tile=narrow_tile(summaries.dtype, width),
+        tile=narrow_tile(vec, width),
         num_rows=1,
         first_row=0,
     )
@@ -209,45 +299,26 @@ def summaries_backward(
     if summary == "mean_patch":
         rows = range(num_prefix_tokens, num_tokens)
         grad = grad.to(accumulation_dtype(dtype)) / max(len(rows), 1)
-    row = width // elements_per_access(dtype)
-    return _grads_of_plain_means(
+    vec = elements_per_access(dtype)
+    row = width // vec
+    grad_states = _empty_states(grad, program, (batch, num_tokens, width), dtype)
+    _launch_backward(
         _aligned(grad.contiguous()),
         (num_columns * row, row, 0),  # (B, K, D) over image, column, and the same row for every patch
         summary_schedule(program),
-        program,
-        (batch, num_tokens, width),
-        dtype,
-        rows,
-    )
-
-
-def _grads_of_plain_means(
-    grad: Tensor,
-    grad_strides: tuple[int, int, int],
-    schedule: Schedule,
-    program: MixProgram,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    rows: range,
-) -> list[Tensor]:
-    """One (B, T, D) of ``dtype`` a gradient class, for slots that are plain means of the ``rows`` of the states."""
-    grad_states = _empty_states(grad, program, shape, dtype)
-    batch, num_tokens, width = shape
-    launch_mix_backward(
-        grad,
-        grad_strides,
-        schedule,
         None,
         None,
         None,
         None,
         grad_states,
-        tile=flat_tile(dtype, width),
+        vec=vec,
         batch=batch,
+        width=width,
         num_rows=num_tokens,
         num_patches=len(rows),
         skipped_rows=rows.start,
         first_row=rows.start,
+        needs_weights=False,
     )
     return list(grad_states)
 
@@ -257,9 +328,8 @@ def _empty_states(like: Tensor, program: MixProgram, shape: tuple[int, int, int]
     return tuple(like.new_empty(shape, dtype=dtype) for _ in program.gradient_classes)
 
 
-def _readable(grad_out: Tensor) -> Tensor:
+def _readable(grad_out: Tensor, vec: int) -> Tensor:
     """``grad_out`` as it is if 128-bit accesses fit its rows (a slice of a larger gradient often does), else a copy."""
-    vec = elements_per_access(grad_out.dtype)
     batch_stride, row_stride = stride_over(grad_out, 0), stride_over(grad_out, 1)
     fits = (
         grad_out.stride(2) == 1

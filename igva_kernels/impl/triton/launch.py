@@ -25,6 +25,10 @@ THREADS = 128
 SM, and a dozen loads of 16 bytes in flight in each of their threads are 96 KB, where 20 KB hide the latency of memory.
 Larger programs gain nothing and make the last wave coarser."""
 
+ROW_REGISTERS = 128
+"""Registers that the rows of a row tile may take in a thread, of the 255 that there are: the rest holds the loads in
+flight, the weights and the addresses."""
+
 MAX_THREADS = 1024
 """Threads of a program at most; CUDA and ROCm allow no more."""
 
@@ -34,30 +38,47 @@ WARP = 64 if torch.version.hip else 32
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program works on.
+    """What one program works on at a time.
 
     Attributes:
-        size: elements from one tile to the next.
-        block: elements that the program holds, a power of two; the lanes from ``size`` on are masked off.
-        vec: elements of one 128-bit access.
+        block: elements of the tile, a power of two.
+        vec: elements of one 128-bit access of the narrowest type that is read or written.
         num_warps: so that a thread holds ``vec`` elements.
         width: D.
+        pieces: 0 for a flat tile. A row tile is one row, in so many pieces of ``block`` elements, of which the last may be
+            part empty.
     """
 
-    size: int
     block: int
     vec: int
     num_warps: int
     width: int
+    pieces: int = 0
 
     def count(self, num_rows: int) -> int:
-        """Tiles of one image with ``num_rows`` rows."""
-        return -(-num_rows * self.width // self.size)
+        """Programs of one image with ``num_rows`` rows."""
+        return num_rows if self.pieces else -(-num_rows * self.width // self.block)
 
 
-def elements_per_access(dtype: torch.dtype) -> int:
-    """VEC: 8 elements of a 16-bit type, 4 of float32, 2 of float64."""
-    return ACCESS_BYTES // dtype.itemsize
+def elements_per_access(*dtypes: torch.dtype) -> int:
+    """VEC: 8 elements of a 16-bit type, 4 of float32, 2 of float64; of several types, those of the narrowest.
+
+    A thread that holds 8 elements reads or writes a float32 map with two accesses of 128 bits, and a 16-bit map with one.
+    """
+    return ACCESS_BYTES // min(dtype.itemsize for dtype in dtypes)
+
+
+def common_access(states: Sequence[Tensor], width: int, *others: torch.dtype) -> int:
+    """VEC for states, and maps of ``others``, whose types may differ: float32 means beside copies of a 16-bit tower.
+
+    Where a row or an image of the wider type does not begin at a unit of the narrower, the units are smaller.
+    """
+    dtypes = {state.dtype for state in states}.union(others)
+    vec = elements_per_access(*dtypes)
+    if len(dtypes) > 1:
+        while width % vec or any(stride_over(state, 0) % vec for state in states):
+            vec //= 2
+    return vec
 
 
 def warps_of(threads: int) -> int:
@@ -65,38 +86,54 @@ def warps_of(threads: int) -> int:
     return max(1, threads // WARP)
 
 
-def flat_tile(dtype: torch.dtype, width: int) -> Tile:
+def flat_tile(vec: int, width: int) -> Tile:
     """A tile of consecutive elements that knows nothing of rows: no lane is idle, whatever D is."""
-    vec = elements_per_access(dtype)
-    return Tile(size=vec * THREADS, block=vec * THREADS, vec=vec, num_warps=warps_of(THREADS), width=width)
+    return Tile(block=vec * THREADS, vec=vec, num_warps=warps_of(THREADS), width=width)
 
 
-def narrow_tile(dtype: torch.dtype, width: int) -> Tile:
+def narrow_tile(vec: int, width: int) -> Tile:
     """A flat tile of one warp, where few rows would make too few programs of the usual size."""
-    vec = elements_per_access(dtype)
-    return Tile(size=vec * WARP, block=vec * WARP, vec=vec, num_warps=1, width=width)
+    return Tile(block=vec * WARP, vec=vec, num_warps=1, width=width)
 
 
-def row_tile(dtype: torch.dtype, width: int) -> Tile:
-    """A tile of one row, for weights per token. A D that is no power of two leaves lanes idle."""
-    vec = elements_per_access(dtype)
-    block = max(triton.next_power_of_2(width), vec * WARP)
-    return Tile(size=width, block=block, vec=vec, num_warps=warps_of(min(block // vec, MAX_THREADS)), width=width)
+def row_tile(vec: int, width: int, accumulator: torch.dtype, num_rows_held: int) -> Tile:
+    """A row of one image, for weights per token and for norms.
+
+    One warp takes the row piece by piece, one access of a thread each: 256 elements of a 16-bit type, so that D = 384 leaves
+    a quarter of the lanes idle, 1152 a tenth and 768 or 1024 none, where a block of the next power of two would idle up to
+    half. Sums over the row then need no barrier, which no load could be moved across. Rows that would not fit the registers
+    of one warp are shared by more.
+
+    Args:
+        num_rows_held: rows of the accumulation type that are alive at the same time.
+    """
+    registers_of_element = num_rows_held * max(1, accumulator.itemsize // 4)
+    warps = 1
+    while warps < MAX_THREADS // WARP:
+        pieces = -(-width // (vec * WARP * warps))
+        if pieces == 1 or pieces * vec * registers_of_element <= ROW_REGISTERS:
+            break
+        warps *= 2
+    block = vec * WARP * warps
+    return Tile(block=block, vec=vec, num_warps=warps, width=width, pieces=-(-width // block))
 
 
-def mix_tile(dtype: torch.dtype, width: int, weights: Tensor | None) -> Tile:
-    """The tile in which one row of weights holds."""
-    return row_tile(dtype, width) if weights is not None and weights.ndim == 3 else flat_tile(dtype, width)
-
-
-def sharing_of(weights: Tensor | None) -> str:
-    """Who has a row of weights: ``"all"`` tokens for (K,), an ``"image"`` for (B, K), a ``"token"`` for (B, N, K)."""
+def sharing_of(weights: Tensor | None, indices: Tensor | None = None) -> str:
+    """Who has a row of weights: ``"all"`` tokens for (K,), an ``"image"`` for (B, K), a ``"token"`` for (B, N, K); or
+    ``"sparse"``, a token with k of them that ``indices`` (B, N, k) name."""
+    if indices is not None:
+        return "sparse"
     return ("all", "image", "token")[0 if weights is None else weights.ndim - 1]
 
 
-def accumulator_of(dtype: torch.dtype) -> tl.dtype:
-    """The type of all arithmetic: float32, for float64 states float64."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def accumulation_of(*dtypes: torch.dtype) -> torch.dtype:
+    """The type of all arithmetic: float32, or float64 where a state is of that type."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def accumulator_of(*dtypes: torch.dtype) -> tl.dtype:
+    """:func:`accumulation_of`, as Triton names it."""
+    return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 class Streams(NamedTuple):
@@ -113,16 +150,20 @@ class Streams(NamedTuple):
     stride_of: tuple[int, ...]
 
     @classmethod
-    def of(cls, states: Sequence[Tensor]) -> Streams:
+    def of(cls, states: Sequence[Tensor], vec: int) -> Streams:
         """The states with their strides collected, once ``check_supported`` has passed."""
-        if states[0].shape[0] == 1:  # nothing steps over the batch, and torch may report any stride
-            return cls(tuple(states), (0,), (0,) * len(states))
-        vec = elements_per_access(states[0].dtype)
+        steps = states[0].shape[0] > 1  # else nothing steps over the batch, and torch may report any stride
         strides = [state.stride(0) for state in states]
-        if strides.count(strides[0]) == len(strides):
-            return cls(tuple(states), (strides[0] // vec,), (0,) * len(states))
-        distinct = list(dict.fromkeys(strides))
-        return cls(tuple(states), tuple(stride // vec for stride in distinct), tuple(map(distinct.index, strides)))
+        distinct = strides[:1] if strides.count(strides[0]) == len(strides) else list(dict.fromkeys(strides))
+        stride_of = tuple(map(distinct.index, strides)) if len(distinct) > 1 else (0,) * len(states)
+        return cls(tuple(states), tuple(stride // vec if steps else 0 for stride in distinct), stride_of)
+
+
+def pinning() -> str:
+    """How row kernels pin their sums (row_tiles.py, ``pin``): the assembly language, or none for the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return ""
+    return "ptx" if WARP == 32 else "gcn"
 
 
 def stride_over(tensor: Tensor, dim: int) -> int:

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
 from igva_kernels.impl.triton.schedule import Schedule
-from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of_sums, tile_offsets, zero_tiles
+from igva_kernels.impl.triton.tiles import (
+    add_to_groups,
+    load_weights,
+    mean_of,
+    put_at,
+    sum_in_thread,
+    tile_offsets,
+    zero_tiles,
+)
 
 
 # As in the forward: sizes and strides must not trigger a compilation.
@@ -29,7 +37,7 @@ def mix_backward_kernel(
     grad_out,  # *gradient of the S slots, (B, N, D) each, with the strides below
     states,  # num_sources x *[B, T, D]; None unless dw is computed from them
     means,  # *[num_weighted_groups, B, N, D]; None unless dw is computed from them
-    weights,  # *[K], *[B, K] or *[B, N, K]; None if K = 0 or only dw is wanted
+    weights,  # *[K] or *[B, K]; None if K = 0 or only dw is wanted
     partials,  # *[B, num_programs(0), K], sums over the tiles; None unless dw is wanted
     grad_states,  # per gradient class *[B, T, D]; None unless these are wanted
     batch_strides,  # the distinct batch strides of the states, in units of VEC elements
@@ -43,7 +51,6 @@ def mix_backward_kernel(
     FIRST_ROW: tl.constexpr,  # the row of a state that is patch 0
     D: tl.constexpr,
     ACC: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
@@ -51,12 +58,11 @@ def mix_backward_kernel(
     """Grid: (tiles of one image, B)."""
     S: tl.constexpr = len(SCHEDULE.terms)
     K: tl.constexpr = len(SCHEDULE.columns)
-    G: tl.constexpr = len(SCHEDULE.sizes)
     NUM_WEIGHTED: tl.constexpr = SCHEDULE.num_weighted_groups
     STREAM: tl.constexpr = "evict_first" if EVICT_FIRST else ""
 
     image = tl.program_id(1).to(tl.int64)
-    row_offsets, row_exists = tile_offsets(num_rows, D, TILE, BLOCK, VEC)  # [BLOCK], [BLOCK]
+    row_offsets, row_exists = tile_offsets(num_rows, D, BLOCK, VEC)  # [BLOCK], [BLOCK]
     offsets = row_offsets - SKIPPED_ROWS * D  # [BLOCK] counted from patch 0, negative before it
     unit = row_offsets // VEC - SKIPPED_ROWS * (D // VEC)  # [BLOCK] the same in units of VEC, for the mask
     exists = row_exists & (unit >= 0) & (unit < num_patches * (D // VEC))  # [BLOCK]
@@ -73,48 +79,81 @@ def mix_backward_kernel(
             grad_slot = tl.load(base + grad_offsets, mask=exists, other=0.0).to(ACC)
         grad_slots = grad_slots + (grad_slot,)
 
-    # dL/dw
+    # dL/dw: each thread adds up its own products as soon as a mean is complete, so that many groups hold one register
+    # each and not one accumulator. What crosses threads comes last, since no load is moved across its barriers.
+    sums_in_threads = zero_tiles(K, (BLOCK // VEC,), ACC)  # K x [BLOCK // VEC]
     if partials is not None:
-        group_means = ()  # NUM_WEIGHTED x [BLOCK], or G x [BLOCK] from the states
         if means is not None:
             for group in tl.static_range(NUM_WEIGHTED):
-                mean = means + (group * tl.num_programs(1) + image) * num_patches * D
-                group_means = group_means + (tl.load(mean + offsets, mask=exists, other=0.0).to(ACC),)
+                pointer = means + (group * tl.num_programs(1) + image) * num_patches * D
+                mean = tl.load(pointer + offsets, mask=exists, other=0.0).to(ACC)  # [BLOCK]
+                sums_in_threads = _add_products(sums_in_threads, grad_slots, mean, group, SCHEDULE, BLOCK, VEC)
         else:
-            sums = zero_tiles(G, (BLOCK,), ACC)
-            for source in tl.static_range(len(SCHEDULE.members)):
-                if len(SCHEDULE.members[source]) > 0:
+            sums = zero_tiles(len(SCHEDULE.sizes), (BLOCK,), ACC)
+            for source in tl.static_range(len(SCHEDULE.reads)):
+                if SCHEDULE.reads[source]:
                     state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D
-                    value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM).to(ACC)  # [BLOCK]
-                    sums = add_to_groups(sums, value, source, SCHEDULE)
-            group_means = means_of_sums(sums, SCHEDULE)
-        partial = partials + (image * tl.num_programs(0) + tl.program_id(0)) * K
-        for column in tl.static_range(K):
-            product = grad_slots[SCHEDULE.columns[column][0]] * group_means[SCHEDULE.columns[column][1]]  # [BLOCK]
-            tl.store(partial + column, tl.sum(product, axis=0))
+                    value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM)  # [BLOCK]
+                    sums = add_to_groups(sums, value.to(ACC), source, SCHEDULE)
+                    for i in tl.static_range(len(SCHEDULE.completes[source])):
+                        sums_in_threads = _add_products(
+                            sums_in_threads,
+                            grad_slots,
+                            mean_of(sums, SCHEDULE.completes[source][i], SCHEDULE),
+                            SCHEDULE.completes[source][i],
+                            SCHEDULE,
+                            BLOCK,
+                            VEC,
+                        )
 
     # dL/dh
     if grad_states is not None:
         weight = ()  # K x scalar
         if weights is not None:
-            weight = load_weights(weights, image, tl.program_id(0) - SKIPPED_ROWS, num_patches, K, SHARING, ACC)
-        shares = ()  # G x [BLOCK] the gradient of each member of the group
-        for group in tl.static_range(G):
-            grad_mean = tl.zeros((BLOCK,), dtype=ACC)  # [BLOCK]
-            for i in tl.static_range(len(SCHEDULE.uses[group])):
-                term = grad_slots[SCHEDULE.uses[group][i][0]]
-                if SCHEDULE.uses[group][i][1] >= 0:
-                    term *= weight[SCHEDULE.uses[group][i][1]]
-                grad_mean += term
-            shares = shares + (grad_mean * (1.0 / SCHEDULE.sizes[group]),)
+            weight = load_weights(weights, image, K, SHARING, ACC)
         for index in tl.static_range(len(SCHEDULE.classes)):
             grad_state = tl.zeros((BLOCK,), dtype=ACC)  # [BLOCK]
             for i in tl.static_range(len(SCHEDULE.classes[index][0])):
                 grad_state += grad_slots[SCHEDULE.classes[index][0][i]]
             for i in tl.static_range(len(SCHEDULE.classes[index][1])):
-                grad_state += shares[SCHEDULE.classes[index][1][i]]
+                grad_state += grad_of_member(grad_slots, weight, SCHEDULE.classes[index][1][i], SCHEDULE)
             target = grad_states[index] + image * num_rows * D
             tl.store(target + row_offsets, grad_state.to(target.dtype.element_ty), mask=row_exists)
+
+    if partials is not None:
+        partial = partials + (image * tl.num_programs(0) + tl.program_id(0)) * K
+        for column in tl.static_range(K):
+            tl.store(partial + column, tl.sum(sums_in_threads[column], axis=0))
+
+
+@triton.jit
+def _add_products(
+    sums_in_threads,
+    grad_slots,
+    mean,
+    group: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """The sums of the weight columns of ``group``, once its mean is known."""
+    for i in tl.static_range(len(SCHEDULE.uses[group])):
+        if SCHEDULE.uses[group][i][1] >= 0:
+            product = sum_in_thread(grad_slots[SCHEDULE.uses[group][i][0]] * mean, BLOCK, VEC)
+            sums_in_threads = put_at(sums_in_threads, SCHEDULE.uses[group][i][1], product)
+    return sums_in_threads
+
+
+@triton.jit
+def grad_of_member(grad_slots, weight, group: tl.constexpr, SCHEDULE: tl.constexpr):
+    """The gradient that each member of ``group`` has from it: sum over its slots of ``w * grad_slot / |g|``."""
+    grad_mean = tl.zeros_like(grad_slots[0])  # [BLOCK]
+    for i in tl.static_range(len(SCHEDULE.uses[group])):
+        term = grad_slots[SCHEDULE.uses[group][i][0]]
+        if SCHEDULE.uses[group][i][1] >= 0:
+            term *= weight[SCHEDULE.uses[group][i][1]]
+        grad_mean += term
+    return grad_mean * (1.0 / SCHEDULE.sizes[group])
 
 
 def launch_mix_backward(
@@ -165,10 +204,10 @@ def launch_mix_backward(
             SKIPPED_ROWS=skipped_rows,
             FIRST_ROW=first_row,
             D=tile.width,
-            ACC=accumulator_of(grad_out.dtype),
-            TILE=tile.size,
+            ACC=accumulator_of(grad_out.dtype, *(state.dtype for state in (streams.states if streams else ()))),
             BLOCK=tile.block,
             VEC=tile.vec,
             EVICT_FIRST=True,  # the states are read for the last time here
             num_warps=tile.num_warps,
+            enable_fp_fusion=False,  # see tiles.py
         )

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
 from igva_kernels.impl.triton.schedule import Schedule
-from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of_sums, tile_offsets, zero_tiles
+from igva_kernels.impl.triton.tiles import (
+    add_to_groups,
+    fold_terms,
+    load_weights,
+    mean_of,
+    put_at,
+    tile_offsets,
+    zero_tiles,
+)
 
 
 # Sizes and strides change from batch to batch, and no instruction gets better by knowing their values (see
@@ -21,7 +29,7 @@ from igva_kernels.impl.triton.tiles import add_to_groups, load_weights, means_of
 @triton.jit(do_not_specialize=["weights", "batch_strides", "num_rows"])
 def mix_forward_kernel(
     states,  # num_sources x *[B, T, D]
-    weights,  # *[K], *[B, K] or *[B, N, K]; None if K = 0
+    weights,  # *[K] or *[B, K]; None if K = 0
     out,  # *[B, N, S*D]; None if no slot is wanted
     means,  # *[NUM_MEANS, B, N, D]; None if NUM_MEANS = 0
     batch_strides,  # the distinct batch strides of the states, in units of VEC elements
@@ -33,7 +41,6 @@ def mix_forward_kernel(
     FIRST_ROW: tl.constexpr,  # the row of a state that becomes row 0 of the outputs: P for patches
     D: tl.constexpr,
     ACC: tl.constexpr,  # type of all arithmetic: float32, or float64 for float64 states
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
@@ -44,42 +51,35 @@ def mix_forward_kernel(
     STREAM: tl.constexpr = "evict_first" if EVICT_FIRST else ""
 
     image = tl.program_id(1).to(tl.int64)  # whatever it multiplies is int64: a batch may pass 2**31 elements
-    offsets, exists = tile_offsets(num_rows, D, TILE, BLOCK, VEC)  # [BLOCK], [BLOCK]
+    offsets, exists = tile_offsets(num_rows, D, BLOCK, VEC)  # [BLOCK], [BLOCK]
     weight = ()  # K x scalar
     if weights is not None:
-        weight = load_weights(weights, image, tl.program_id(0), num_rows, K, SHARING, ACC)
-
-    # Row n of the output begins at n*S*D, not n*D. In this form the compiler still sees that the rest is contiguous.
-    slot_offsets = (offsets // D) * ((S - 1) * D) + offsets  # [BLOCK]
+        weight = load_weights(weights, image, K, SHARING, ACC)
 
     # A stride in units of VEC makes the row address a multiple of VEC by construction, and every load 128 bits wide. No
-    # load waits for another: ptxas keeps a dozen in flight.
+    # load waits for another, and no store stands between them: ptxas keeps a dozen in flight. A sum goes into its slots
+    # as soon as its turn has come, so that 24 groups of one layer do not hold 24 accumulators.
+    slots = zero_tiles(S, (BLOCK,), ACC)  # S x [BLOCK]
     sums = zero_tiles(len(SCHEDULE.sizes), (BLOCK,), ACC)  # G x [BLOCK]
-    for source in tl.static_range(len(SCHEDULE.members)):
-        if len(SCHEDULE.copies[source]) + len(SCHEDULE.members[source]) > 0:
+    for source in tl.static_range(len(SCHEDULE.reads)):
+        if SCHEDULE.reads[source]:
             state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + FIRST_ROW * D
             value = tl.load(state + offsets, mask=exists, other=0.0, eviction_policy=STREAM)  # [BLOCK]
             for i in tl.static_range(len(SCHEDULE.copies[source])):
-                slot = out + image * num_rows * (S * D) + SCHEDULE.copies[source][i] * D
-                tl.store(slot + slot_offsets, value, mask=exists)  # never converted: a copy keeps every bit
+                slots = put_at(slots, SCHEDULE.copies[source][i], value)  # never converted: a copy keeps every bit
             sums = add_to_groups(sums, value.to(ACC), source, SCHEDULE)
+            if out is not None:
+                slots = fold_terms(slots, sums, weight, source, SCHEDULE)
 
-    group_means = means_of_sums(sums, SCHEDULE)  # G x [BLOCK]
     if out is not None:
-        for slot_index in tl.static_range(S):
-            if len(SCHEDULE.terms[slot_index]) > 0:
-                mixed = tl.zeros((BLOCK,), dtype=ACC)  # [BLOCK]
-                for i in tl.static_range(len(SCHEDULE.terms[slot_index])):
-                    term = group_means[SCHEDULE.terms[slot_index][i][0]]
-                    if SCHEDULE.terms[slot_index][i][1] >= 0:
-                        term *= weight[SCHEDULE.terms[slot_index][i][1]]
-                    mixed += term
-                slot = out + image * num_rows * (S * D) + slot_index * D
-                tl.store(slot + slot_offsets, mixed.to(out.dtype.element_ty), mask=exists)
-
+        # Row n of the output begins at n*S*D, not n*D. In this form the compiler still sees that the rest is contiguous.
+        slot_offsets = (offsets // D) * ((S - 1) * D) + offsets  # [BLOCK]
+        for slot in tl.static_range(S):
+            target = out + image * num_rows * (S * D) + slot * D
+            tl.store(target + slot_offsets, slots[slot].to(out.dtype.element_ty), mask=exists)
     for group in tl.static_range(NUM_MEANS):
         mean = means + (group * tl.num_programs(1) + image) * num_rows * D
-        tl.store(mean + offsets, group_means[group].to(means.dtype.element_ty), mask=exists)
+        tl.store(mean + offsets, mean_of(sums, group, SCHEDULE).to(means.dtype.element_ty), mask=exists)
 
 
 def launch_mix_forward(
@@ -95,7 +95,7 @@ def launch_mix_forward(
 ) -> None:
     """Fill ``out`` (B, num_rows, S*D) and ``means`` (any number of groups, B, num_rows, D); either may be None.
 
-    Row 0 of the outputs is row ``first_row`` of the states. ``weights`` are contiguous.
+    Row 0 of the outputs is row ``first_row`` of the states. ``weights`` are (K,) or (B, K), contiguous.
     """
     state = streams.states[0]
     grid = (tile.count(num_rows), state.shape[0])
@@ -115,10 +115,10 @@ def launch_mix_forward(
             SHARING=sharing_of(weights),
             FIRST_ROW=first_row,
             D=tile.width,
-            ACC=accumulator_of(state.dtype),
-            TILE=tile.size,
+            ACC=accumulator_of(*(state.dtype for state in streams.states)),
             BLOCK=tile.block,
             VEC=tile.vec,
             EVICT_FIRST=True,  # nobody reads the states again while they could still be in L2
             num_warps=tile.num_warps,
+            enable_fp_fusion=False,  # see tiles.py
         )

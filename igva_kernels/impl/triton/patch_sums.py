@@ -12,7 +12,7 @@ from torch import Tensor
 from igva_kernels.impl.reference import accumulation_dtype
 from igva_kernels.impl.triton.launch import Streams, accumulator_of, device_of, elements_per_access, warps_of
 from igva_kernels.impl.triton.schedule import Schedule
-from igva_kernels.impl.triton.tiles import add_to_groups, means_of_sums, zero_tiles
+from igva_kernels.impl.triton.tiles import add_to_groups, mean_of, zero_tiles
 
 ROWS = 16
 """Patches that one program adds up. The partial sums, K float32 rows for 16 rows of each state, are 2% of the bytes
@@ -59,10 +59,9 @@ def patch_sums_kernel(
             value = tl.load(state + offsets, mask=exists, other=0.0)  # [ROWS, COLUMNS]
             sums = add_to_groups(sums, value.to(ACC), source, SCHEDULE)
 
-    means = means_of_sums(sums, SCHEDULE)  # G x [ROWS, COLUMNS]
     chunk = partials + (image * tl.num_programs(1) + tl.program_id(1)) * (K * D)
     for weight in tl.static_range(K):
-        total = tl.sum(means[SCHEDULE.terms[weight][0][0]], axis=0)  # [COLUMNS]
+        total = tl.sum(mean_of(sums, SCHEDULE.terms[weight][0][0], SCHEDULE), axis=0)  # [COLUMNS]
         tl.store(chunk + weight * D + columns, total, mask=inside)
 
 

@@ -38,11 +38,13 @@ def check_supported(
     batch, num_tokens, width = first.shape
     if not (first.is_cuda or triton.knobs.runtime.interpret):
         return f"the states are on {first.device}, and Triton needs a CUDA or ROCm device"
-    if first.dtype not in DTYPES:
-        return f"the states are {first.dtype}, and the kernels take {', '.join(map(str, DTYPES))}"
-    vec = elements_per_access(first.dtype)
+    dtypes = {state.dtype for state in states}  # float32 means may stand beside copies of a 16-bit tower
+    if unknown := dtypes.difference(DTYPES):
+        return f"the states are {unknown.pop()}, and the kernels take {', '.join(map(str, DTYPES))}"
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    vec = elements_per_access(narrowest)
     if width % vec:
-        return f"D={width} is not a multiple of {vec}, the elements of a 128-bit access in {first.dtype}"
+        return f"D={width} is not a multiple of {vec}, the elements of a 128-bit access in {narrowest}"
     if batch > MAX_BATCH:
         return f"B={batch} is more than the {MAX_BATCH} images of one launch"
     image_elements = num_tokens * width * len(program.slots)
@@ -50,7 +52,7 @@ def check_supported(
         return f"one image has S*T*D = {image_elements} elements, and offsets inside it are 32 bits wide"
     contiguous = (num_tokens * width, width, 1)
     for position, state in enumerate(states):  # at every call: two cheap questions a state
-        if state.stride() != contiguous and (reason := _reject_strides(state, vec)):
+        if state.stride() != contiguous and (reason := _reject_strides(state, elements_per_access(state.dtype))):
             return f"state {position} {reason}"
         if state.data_ptr() % ACCESS_BYTES:
             return f"state {position} begins at {state.data_ptr():#x}, which is no multiple of {ACCESS_BYTES} bytes"
