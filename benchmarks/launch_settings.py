@@ -46,7 +46,7 @@ def launched_with(setting: LaunchSetting, case: FuseCase) -> Variant:
     plan = tower.plan(case.stage)
     vec = elements_per_access(case.dtype)
     block = vec * WARP * setting.num_warps
-    tile = Tile(size=block, block=block, vec=vec, num_warps=setting.num_warps, width=tower.vision_dim)
+    tile = Tile(block=block, vec=vec, num_warps=setting.num_warps, width=tower.vision_dim)
     kernel = _WithOptions(mix_forward.mix_forward_kernel, {"EVICT_FIRST": setting.evict_first})
 
     def variant(inputs: FuseInputs) -> Tensor:
@@ -54,7 +54,7 @@ def launched_with(setting: LaunchSetting, case: FuseCase) -> Variant:
         out = torch.empty_like(inputs.cotangent)
         with mock.patch.object(mix_forward, "mix_forward_kernel", kernel):
             mix_forward.launch_mix_forward(
-                Streams.of(states),
+                Streams.of(states, vec),
                 mix_schedule(plan.program),
                 inputs.weights,
                 out,
