@@ -12,9 +12,9 @@ from torch import Tensor
 from igva_kernels import fuse, group_summaries, mix, reduce_groups
 
 
-def check_fuse(case: Case, impl: str, limits: Limits) -> None:
+def check_fuse(case: Case, impl: str, limits: Limits, device: str = "cpu") -> None:
     """Output and gradients of ``fuse`` against float64, and the same output without autograd."""
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, device)
     before = [bits(tensor) for tensor in inputs.tensors()]
     with poisoned_empty():
         out = run_fuse(case, inputs, impl)
@@ -32,9 +32,9 @@ def check_fuse(case: Case, impl: str, limits: Limits) -> None:
     compare(case, Results(out.detach(), *grads), inputs, limits)
 
 
-def check_two_steps(case: Case, impl: str, limits: Limits) -> None:
+def check_two_steps(case: Case, impl: str, limits: Limits, device: str = "cpu") -> None:
     """``mix`` of ``reduce_groups`` and its gradients: with wide means the bits of ``fuse``, else one more rounding."""
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, device)
     wide = torch.promote_types(case.dtype, torch.float32)
     with poisoned_empty():
         one = run_fuse(case, inputs, impl)
@@ -50,16 +50,16 @@ def check_two_steps(case: Case, impl: str, limits: Limits) -> None:
     within("output of 16-bit means", narrow.detach(), exact, magnitude, roundings_of_a_mix(case), limits, stored=(case.dtype,))
 
 
-def check_summaries(case: Case, impl: str, limits: Limits, summary: str) -> None:
+def check_summaries(case: Case, impl: str, limits: Limits, summary: str, device: str = "cpu") -> None:
     """``group_summaries`` and the gradient of the states; their norms play no part in it."""
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, device)
     rows = slice(0, 1) if summary == "cls" else slice(case.prefix, None)
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator(device).manual_seed(case.seed)
     states = {layer: inputs.hidden_states[layer].detach() for layer in case.plan.summary_sources}
     for state in states.values():  # the poison is where the summary may not look
         state.copy_(torch.full_like(state, float("nan")))
-        state[:, rows] = torch.randn(state[:, rows].shape, generator=generator).to(case.dtype)
-    grad = torch.randn(case.batch, case.plan.num_groups, case.width, generator=generator).to(case.dtype)
+        state[:, rows] = torch.randn(state[:, rows].shape, generator=generator, device=device).to(case.dtype)
+    grad = torch.randn(case.batch, case.plan.num_groups, case.width, generator=generator, device=device).to(case.dtype)
     with poisoned_empty():
         summaries = group_summaries(inputs.hidden_states, case.plan, num_prefix_tokens=case.prefix, summary=summary, impl=impl)
         needed = [layer for layer in states if case.layouts is not None and inputs.hidden_states[layer].requires_grad]
@@ -72,8 +72,8 @@ def check_summaries(case: Case, impl: str, limits: Limits, summary: str) -> None
         exact, magnitude = members.mean((0, 2)), members.abs().mean((0, 2))
         within(f"summary {column}", summaries[:, column].detach(), exact, magnitude, rounds, limits)
     for layer, actual in zip(needed, grads, strict=True):
-        exact = torch.zeros(actual.shape, dtype=torch.float64)
-        magnitude = torch.zeros(actual.shape, dtype=torch.float64)
+        exact = torch.zeros(actual.shape, dtype=torch.float64, device=device)
+        magnitude = torch.zeros(actual.shape, dtype=torch.float64, device=device)
         for column, group in enumerate(case.plan.groups):
             if layer in group:
                 share = grad[:, column, None].double() / (len(group) * len(range(*rows.indices(case.tokens))))

@@ -40,8 +40,8 @@ class Inputs:
         return [tensor for tensor in (*states, self.values, self.indices, self.grad_out) if tensor is not None]
 
 
-def make_inputs(case: Case) -> Inputs:
-    """Draw the values of a case, with poison wherever nothing may be read.
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Draw the values of a case on a CPU, with poison wherever nothing may be read, and move them to ``device``.
 
     Prefix rows hold infinity and NaN in turn, unread layers NaN, and so does what lies between rows. With sparse weights the
     patches of a layer that their token does not name hold NaN as well, unless their gradient is asked for and runs through
@@ -56,21 +56,21 @@ def make_inputs(case: Case) -> Inputs:
     if case.sharing is not None:
         columns = case.num_columns if case.sharing == "sparse" else case.plan.num_groups
         leading = {"all": (), "image": (case.batch,)}.get(case.sharing, (case.batch, case.patches))
-        values = normal(*leading, columns, dtype=case.weights_dtype).requires_grad_(case.weights_need)
+        values = normal(*leading, columns, dtype=case.weights_dtype).to(device).requires_grad_(case.weights_need)
         if case.sharing == "sparse":
             shape = (case.batch, case.patches, columns)
             # one index below and one above the range: padding
             indices = torch.randint(-1, case.plan.num_groups + 1, shape, generator=generator)
-            indices = indices.to((torch.int64, torch.int32)[case.seed % 2])
+            indices = indices.to(device, (torch.int64, torch.int32)[case.seed % 2])
 
     states: list[Tensor] = []
     patches: dict[int, Tensor] = {}
     for layer in range(case.plan.num_layers + 1):
-        state = normal(case.batch, case.tokens, case.width)
+        state = normal(case.batch, case.tokens, case.width).to(device)
         state[:, : case.prefix] = (float("inf"), float("nan"), -float("inf"))[layer % 3]
         if layer in case.plan.sources:
             patches[layer] = state[:, case.prefix :].to(torch.float64, copy=True)
-            state[:, case.prefix :][~_reached(case, layer, indices)] = float("nan")
+            state[:, case.prefix :][~_reached(case, layer, indices, device)] = float("nan")
         else:
             state.fill_(float("nan"))
         states.append(state)
@@ -85,23 +85,23 @@ def make_inputs(case: Case) -> Inputs:
 
     shape = (case.batch, case.patches, len(case.plan.slots) * case.width)
     if case.grad_layout == "expanded":
-        grad_out = normal(1, 1, 1).expand(shape)
+        grad_out = normal(1, 1, 1).to(device).expand(shape)
     else:
-        grad_out = laid_out(normal(*shape), case.grad_layout)
+        grad_out = laid_out(normal(*shape).to(device), case.grad_layout)
     return Inputs(hidden_states, values, indices, grad_out, patches)
 
 
-def _reached(case: Case, layer: int, indices: Tensor | None) -> Tensor:
+def _reached(case: Case, layer: int, indices: Tensor | None, device: str) -> Tensor:
     """(B, N): the tokens whose output depends on the layer."""
     if indices is None or (case.plan.program.has_norms and any(case.states_need)):
-        return torch.ones(case.batch, case.patches, dtype=torch.bool)
+        return torch.ones(case.batch, case.patches, dtype=torch.bool, device=device)
     always = any(
         (isinstance(slot, Layer) and slot.index == layer)
         or (isinstance(slot, Mean) and layer in slot.layers)
         or (isinstance(slot, Weighted) and slot.plus == layer)
         for slot in case.plan.slots
     )
-    columns = torch.tensor([column for column, group in enumerate(case.plan.groups) if layer in group], dtype=indices.dtype)
+    columns = torch.tensor([column for column, group in enumerate(case.plan.groups) if layer in group]).to(indices)
     return torch.isin(indices, columns).any(-1) | always
 
 

@@ -24,11 +24,11 @@ def poisoned_empty() -> Iterator[None]:
 
     def poisoned(allocate, *args, **kwargs) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        if type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        if type(tensor) is not Tensor or not tensor.is_floating_point():
             return tensor
         if not tensor.is_contiguous():
             return tensor.fill_(float("nan"))
-        buffer = torch.full((tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype)
+        buffer = torch.full((tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=tensor.device)
         buffers.append(buffer)
         # not a view: what the library returns is the base of its storage in production as well
         return tensor.set_(buffer.untyped_storage(), GUARD, tensor.shape)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +17,13 @@ from igva_kernels import FusionPlan, Layer, Mean
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+
+
+# The cases and checks of tests/fuzz as ``fuzz.NAME``: that folder is on no import path.
+_fuzz = ModuleType("fuzz")
+_fuzz.__spec__ = importlib.util.spec_from_loader("fuzz", loader=None, is_package=True)
+_fuzz.__path__ = [str(Path(__file__).parents[1] / "fuzz")]
+sys.modules.setdefault("fuzz", _fuzz)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
