@@ -95,7 +95,7 @@ def build_model(
             # A checkpoint names the hub repositories that it came from, but no folder of this machine.
             part.config.name_or_path = ""
     model = IgvaLlavaForConditionalGeneration(config, vision_tower=tower, language_model=causal_lm.base_model)
-    model.lm_head = head
+    model.set_output_embeddings(head)
     model.tie_weights()
     _scale_output_norm(model, config)
     model.to(dtype)

@@ -23,12 +23,17 @@ from igva_kernels import FusionPlan, GroupMeans, fuse, mix
 from igva_kernels.modules import IGVAFusion, WeightAllocator
 from igva_kernels.towers import selected_hidden_states, stream_group_means, unsupported_reason
 from model.configuration import IgvaLlavaConfig, check_stage, image_grid
+from model.cross_entropy import LanguageModelHead
 from model.loss import token_exact_loss
 
 logger = logging.get_logger(__name__)
 
 #: What only the first step of generate() reads: later steps see the images through the cache.
 _IMAGE_INPUTS = ("pixel_values", "instruction_embeds", "image_to_sentence", "mm_encoder_outputs", "image_to_sample")
+
+
+#: What tells attention where the samples of packed rows begin, beside position ids that restart: transformers' names.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass
@@ -64,6 +69,7 @@ class IgvaLlavaOutput(ModelOutput):
     image_hidden_states: (B, N', H), the projected image tokens; None without images.
     fusion_weights: (B, K) in float32, the weight of each group for each image; None without images, in stage 1 and for the
         fusion type ``llava``.
+    cross_entropy, balance: the parts of the loss, without gradient; see :class:`model.loss.TokenExactLoss`.
     """
 
     loss: Tensor | None = None
@@ -73,6 +79,8 @@ class IgvaLlavaOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     fusion_weights: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    balance: Tensor | None = None
 
 
 class IgvaLlavaProjector(nn.Module):
@@ -316,6 +324,8 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if features is not None or is_prefill:
                 inputs_embeds = self._merge(input_ids, inputs_embeds, features)
+            if features is None and self.training and torch.is_grad_enabled():
+                inputs_embeds = self._touch_vision_part(inputs_embeds)
         elif features is not None:
             raise ValueError("images need input_ids, which mark their places; inputs_embeds cannot be searched for them")
         outputs = self.language_model(
@@ -349,6 +359,21 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if instruction_embeds is not None and encoded is None:
             raise ValueError("instruction_embeds given without pixel_values: there is no image to weigh the layers of")
         return encoded
+
+    def _touch_vision_part(self, inputs_embeds: Tensor) -> Tensor:
+        """The embeddings as they are, with a gradient of 0 for all that learns in tower, fusion and projector.
+
+        Ranks that saw images reduce those gradients, or gather those weights, and would wait for ever for one that saw none.
+        So a training batch without images runs the vision part on one black image and puts none of its tokens anywhere.
+        """
+        if not any(_is_trainable(part) for part in (self.vision_tower, self.fusion, self.multi_modal_projector) if part):
+            return inputs_embeds
+        side, instruction_embeds = self.config.image_size, None
+        if self.fusion_stage == 2:
+            instruction_embeds = inputs_embeds.new_zeros(1, self.config.fusion["text_dim"], dtype=torch.float32)
+        features = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), instruction_embeds)
+        nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
+        return inputs_embeds.masked_scatter(nowhere, features.pooler_output.flatten(0, 1).to(inputs_embeds))
 
     def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures | None) -> Tensor:
         """Overwrite the embeddings at the placeholders, in reading order, after counting both."""
@@ -392,7 +417,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         super().__init__(config)
         _check_plain_logits(config)
         self.model = IgvaLlavaModel(config, vision_tower, language_model)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -400,6 +425,10 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head; raises TypeError for one that is no plain linear layer."""
+        self.lm_head = LanguageModelHead.from_linear(new_embeddings)
 
     @property
     def fusion_stage(self) -> int | None:
@@ -433,6 +462,7 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         image_to_sample: Tensor | None = None,
+        sample_ids: Tensor | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         image_to_sentence: Tensor | None = None,
@@ -448,15 +478,23 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
                 image_to_sentence, mm_encoder_outputs: see :meth:`IgvaLlavaModel.forward`.
             labels: (rows, length), not shifted; -100 where there is nothing to learn.
             num_items_in_batch: labels of the whole optimizer step, as the Trainer passes it; None for those of this batch.
-            image_to_sample: (B,), the row of ``input_ids`` that each image belongs to; None counts the placeholders. Only the
-                balance term reads it.
+            image_to_sample: (B,), the sample that each image belongs to: its row of ``input_ids``, or its number in
+                ``sample_ids``. None counts the placeholders of each row. Only the balance term reads it.
+            sample_ids: (rows, length), the sample of each position, for rows that hold several samples
+                (:class:`model.data.collator.PackingCollator`). No token sees another sample. ``position_ids`` that restart and
+                the boundaries (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``) must come with them.
             return_logits: whether to compute logits; None computes them when there are no labels.
             logits_to_keep: the last positions to compute logits for (0: all), or the positions themselves.
             kwargs: passed to the language model.
 
         Raises:
-            ValueError: see :meth:`IgvaLlavaModel.forward` and :func:`model.loss.token_exact_loss`.
+            ValueError: see :meth:`IgvaLlavaModel.forward` and :func:`model.loss.token_exact_loss`; or packed rows without all
+                that tells their samples apart, or with padding or a cache.
         """
+        if sample_ids is not None:
+            _check_packed(attention_mask, position_ids, past_key_values, kwargs)
+            # With a cache transformers would take the row for one text.
+            kwargs["use_cache"] = False
         outputs: IgvaLlavaModelOutput = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -470,19 +508,20 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             return_dict=True,
             **kwargs,
         )
-        loss = logits = None
+        loss = cross_entropy = balance = logits = None
         if labels is not None:
             balance_loss_weight = self.config.balance_loss_weight
             needs_owners = balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None
-            if needs_owners and input_ids is not None:
+            if needs_owners and input_ids is not None and sample_ids is None:
                 image_to_sample = self._rows_of_images(input_ids, *outputs.image_hidden_states.shape[:2])
-            loss = token_exact_loss(
+            loss, cross_entropy, balance = token_exact_loss(
                 outputs.last_hidden_state,
                 labels,
                 self.lm_head,
                 num_items_in_batch=num_items_in_batch,
                 fusion_weights=outputs.fusion_weights,
                 image_to_sample=image_to_sample,
+                sample_ids=sample_ids,
                 balance_loss_weight=balance_loss_weight,
                 legacy_double_softmax=self.config.legacy_double_softmax,
             )
@@ -497,6 +536,8 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             fusion_weights=outputs.fusion_weights,
+            cross_entropy=cross_entropy,
+            balance=balance,
         )
 
     def _rows_of_images(self, input_ids: Tensor, num_images: int, tokens_per_image: int) -> Tensor:
@@ -557,6 +598,20 @@ def _fusion_module(config: IgvaLlavaConfig) -> IGVAFusion | None:
     sizes = {name: fusion[name] for name in ("text_dim", "hidden_dim", "num_blocks", "num_heads")}
     allocator = WeightAllocator(num_groups=plan.num_groups, vision_dim=config.vision_config.hidden_size, **sizes)
     return IGVAFusion(plan, allocator, summary=fusion["summary"])
+
+
+def _check_packed(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None, options: dict[str, Any]
+) -> None:
+    given = {"position_ids": position_ids, **{name: options.get(name) for name in _BOUNDARIES}}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"sample_ids is given, so the rows are packed, but {', '.join(missing)} is missing; use PackingCollator"
+        )
+    if attention_mask is not None or past_key_values is not None:
+        name = "past_key_values" if attention_mask is None else "attention_mask"
+        raise ValueError(f"sample_ids is given, so the rows are packed, which {name} does not go with; leave it out")
 
 
 def _is_trainable(module: nn.Module) -> bool:

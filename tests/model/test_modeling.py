@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, CLIPConfig, CLI
 from igva_kernels import FusionPlan
 from igva_kernels.impl import reference
 from model import IgvaLlavaForConditionalGeneration, IgvaLlavaModel, build_model
+from model.cross_entropy import LanguageModelHead
 from model.loss import negative_entropy, token_exact_loss
 
 # Float32 sums of different order: a few hundred roundings of 6e-8.
@@ -515,7 +516,7 @@ def test_a_batch_without_labels_gives_zero_and_not_nan(make_model, make_batch):
 
 
 def test_loss_refuses_shapes_that_do_not_fit():
-    head = nn.Linear(4, 7)
+    head = LanguageModelHead(4, 7)
     states, labels = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"labels has the shape \(2, 2\), expected \(rows, S\) = \(2, 3\)"):
         token_exact_loss(states, labels[:, :2], head)
