@@ -9,6 +9,7 @@ from igva_kernels.modules.mmfuser import MMFuserFusion, mmfuser_from_official, m
 from igva_kernels.modules.multi_layer_sum import MultiLayerSum
 from igva_kernels.modules.scalar_mix import ScalarMix, convert_allennlp_scalar_mix
 from igva_kernels.modules.tgif import TGIFFusion, TGIFFusionOutput
+from igva_kernels.modules.token_integration import SparseTokenIntegration, reduce_tokens
 from igva_kernels.modules.vip_llava import VipLlavaFusion
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MixtureOfLayersRouting",
     "MultiLayerSum",
     "ScalarMix",
+    "SparseTokenIntegration",
     "TGIFFusion",
     "TGIFFusionOutput",
     "VipLlavaFusion",
@@ -29,4 +31,5 @@ __all__ = [
     "convert_allennlp_scalar_mix",
     "mmfuser_from_official",
     "mmfuser_to_official",
+    "reduce_tokens",
 ]
