@@ -1,10 +1,11 @@
 """Ahead-of-time compilation of the kernels: no GPU, no interpreter.
 
-``pytest tests/aot --update-budgets`` writes the measured numbers to ``budgets.json``, for review like any change.
+``pytest tests/aot --update-budgets`` writes the measured numbers to the budget files, for review like any change.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 
 BUDGETS = Path(__file__).with_name("budgets.json")
+PINNED_TRITON = "3.6.0"
+"""The version of constraints.txt, whose numbers the budget files hold; those of another stand beside them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-budgets", action="store_true", help="write the measured numbers to tests/aot/budgets.json")
+    parser.addoption("--update-budgets", action="store_true", help="write the measured numbers to tests/aot/budgets*.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +54,7 @@ class Budgets:
             self.recorded[key] = measured
             return
         if key not in self.recorded:
-            pytest.fail(f"budgets.json has no entry {key!r}; measured {measured}; run with --update-budgets and review")
+            pytest.fail(f"no budget for {key!r}; measured {measured}; run with --update-budgets and review")
         budget = dict(self.recorded[key])
         registers = budget.pop("registers")
         assert measured["registers"] <= registers, f"{key}: {measured['registers']} registers, budget {registers}"
@@ -59,13 +62,21 @@ class Budgets:
         assert rest == budget, f"{key}: measured {rest}, budget {budget}"
 
 
-@pytest.fixture(scope="session")
+def of_this_triton(path: Path) -> Path:
+    """``budgets.json`` for the pinned version, ``budgets.triton-3.9.0.json`` for that one."""
+    version = importlib.metadata.version("triton")
+    return path if version == PINNED_TRITON else path.with_suffix(f".triton-{version}.json")
+
+
+@pytest.fixture(scope="module")
 def budgets(request: pytest.FixtureRequest):
+    """The numbers of ``budgets.json``, or of the file that the test module names as BUDGETS."""
     update = request.config.getoption("--update-budgets", default=False)
-    collected = Budgets(json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}, update)
+    path = of_this_triton(getattr(request.module, "BUDGETS", BUDGETS))
+    collected = Budgets(json.loads(path.read_text()) if path.exists() else {}, update)
     yield collected
     if update:
-        partial = BUDGETS.with_suffix(".tmp")
+        partial = path.with_name(path.name + ".tmp")
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(collected.recorded.items()))
         partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        os.replace(partial, BUDGETS)
+        os.replace(partial, path)

@@ -7,6 +7,7 @@ not a power of two).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -270,3 +271,20 @@ def test_other_sizes_reuse_the_compiled_kernel(machine_code, record, case) -> No
         for batch, patches in ((1, 1), (2, 3), (16, 576), (3, 1024))
     }
     assert len(keys) == 1
+
+
+def test_one_pass_has_the_arithmetic_of_two(machine_code, record) -> None:
+    """Float32 means are mixed to the bits of one pass: no sum or product is contracted that two passes would round.
+
+    A thread of 8 elements adds 20 times, scales the 4 sums, weighs the first mean and contracts the other three, where the
+    kernel says so.
+    """
+
+    def operations(case: str) -> dict[str, int]:
+        launch = record(case, "sm_90", tensors(IGVA, torch.bfloat16, 1024))
+        listing, _ = machine_code.disassemble(machine_code.compile_kernel(launch, "sm_90").asm["cubin"])
+        return {name: len(re.findall(rf"\s{name}\s", listing)) for name in ("FADD", "FMUL", "FFMA")}
+
+    assert operations("forward") == {"FADD": 8 * 20, "FMUL": 8 * (4 + 1), "FFMA": 8 * 3}
+    assert operations("group means in float32") == {"FADD": 8 * 20, "FMUL": 8 * 4, "FFMA": 0}
+    assert operations("mix of float32 means") == {"FADD": 0, "FMUL": 8 * 1, "FFMA": 8 * 3}
