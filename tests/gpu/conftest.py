@@ -12,8 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from igva_kernels import FusionPlan, Layer, Mean
+from igva_kernels.program import Norm
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
@@ -89,6 +91,13 @@ def make_weights() -> Callable[..., Tensor]:
     return make
 
 
+def _normalised(state: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return state
+    normalise = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
+    return normalise(state, state.shape[-1:], eps=norm.eps)
+
+
 def _formula(states: list[Tensor | None], plan: FusionPlan, weights: Tensor | None, prefix: int) -> Tensor:
     """The definition, straight from the plan, in the dtype of its arguments: what eager torch would run."""
     patches = [None if state is None else state[:, prefix:] for state in states]
@@ -97,13 +106,15 @@ def _formula(states: list[Tensor | None], plan: FusionPlan, weights: Tensor | No
         if isinstance(slot, Layer):
             slots.append(patches[slot.index])
         elif isinstance(slot, Mean):
-            slots.append(sum(patches[layer] for layer in slot.layers) / len(slot.layers))
+            slots.append(sum(_normalised(patches[layer], slot.norm) for layer in slot.layers) / len(slot.layers))
         else:
             total = 0.0
             for group in slot.groups:
                 weight = weights[..., column].reshape(*weights.shape[:-1], *(1,) * (4 - weights.ndim))
-                total = total + weight * (sum(patches[layer] for layer in group) / len(group))
+                total = total + weight * (sum(_normalised(patches[layer], slot.norm) for layer in group) / len(group))
                 column += 1
+            if slot.plus is not None:
+                total = total + patches[slot.plus]
             slots.append(total)
     return torch.cat(slots, dim=-1)
 

@@ -126,7 +126,7 @@ def test_two_steps_equal_one(clip, make_states, make_weights) -> None:
     states, weights = make_states(clip, 4, torch.float32, finite_prefix=True), make_weights(clip, 4, "image")
     one = fuse(states, clip.plan, weights, num_prefix_tokens=1, impl="triton")
     two = mix(reduce_groups(states, clip.plan, num_prefix_tokens=1, impl="triton"), clip.plan, weights, impl="triton")
-    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)  # float32 means; the compiler may contract differently
+    assert torch.equal(two, one)  # float32 means lose nothing on the way, and nothing is contracted
 
 
 def test_gradcheck() -> None:
