@@ -44,12 +44,18 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 class _Form(NamedTuple):
-    """A call of fuse without its tensors."""
+    """A call of fuse without its tensors.
+
+    Args:
+        keeps_means, keeps_states: what the backward will want, see :func:`igva_kernels.backward.kept_for_backward`.
+        forward: computes it.
+    """
 
     program: MixProgram
     num_prefix_tokens: int
     num_tokens: int
-    save_means: bool
+    keeps_means: bool
+    keeps_states: bool
     dtype: torch.dtype | None
     impl: str
     forward: Forward
@@ -92,9 +98,11 @@ def fuse(
             call.states, weights, program, num_prefix_tokens, save_means, indices=call.indices, dtype=dtype
         )
 
-    form = _Form(program, num_prefix_tokens, states[0].shape[1], save_means, dtype, impl, forward)
+    keeps_means, keeps_states = kept_for_backward(program, weights_need, states_need, save_means)
+    num_tokens = states[0].shape[1]
+    form = _Form(program, num_prefix_tokens, num_tokens, keeps_means, keeps_states, dtype, impl, forward)
     if signatures is not None and indices is None and not states_need and hasattr(module, "recording"):
-        form = form._replace(forward=_recorded(form, module, signatures, key_of(states[0], options)))
+        form = form._replace(forward=_recorded(form, module, signatures, key_of(states[0], weights, options)))
     call = _Call(form, states, indices, ())
     if states_need:
         return _FuseOfTrainable.apply(call, weights, *states)
@@ -124,7 +132,7 @@ def _recorded(form: _Form, module: ModuleType, signatures: Signatures, key: tupl
     def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
         with module.recording() as launches:
             outputs = form.forward(call, weights)
-        replay = module.replay_of(launches, call.states, weights, outputs if form.save_means else outputs[:1])
+        replay = module.replay_of(launches, call.states, weights, outputs if form.keeps_means else outputs[:1])
         if replay is not None:
             signatures.add(key, call.states, weights, replay, form._replace(forward=_replayed(replay)))
         return outputs
@@ -151,20 +159,17 @@ def should_save_means(program: MixProgram, indices: Tensor | None, weights_need:
     return weights_need and indices is None and not (states_need and program.has_norms) and worth_saving_means(program)
 
 
-def _save(ctx: Any, call: _Call, weights: Tensor | None, outputs: tuple[Tensor, ...], states_need: bool) -> None:
+def _save(ctx: Any, call: _Call, weights: Tensor | None, outputs: tuple[Tensor, ...]) -> None:
     form = call.form
-    weights_need = weights is not None and weights.requires_grad
-    keeps_means, keeps_states = kept_for_backward(form.program, weights_need, states_need, form.save_means)
-    ctx.form, ctx.indices = form, call.indices
-    ctx.has = (keeps_means, weights is not None)
-    saved = [outputs[1] if keeps_means else None, weights]
-    ctx.save_for_backward(*(tensor for tensor in saved if tensor is not None), *(call.states if keeps_states else ()))
+    ctx.form, ctx.indices, ctx.has_weights = form, call.indices, weights is not None
+    means = outputs[1:2] if form.keeps_means else ()
+    ctx.save_for_backward(*means, *(() if weights is None else (weights,)), *(call.states if form.keeps_states else ()))
 
 
 def _gradients(ctx: Any, grad_out: Tensor, needs_weights: bool, needs_states: bool) -> tuple[Tensor | None, list[Tensor]]:
     form: _Form = ctx.form
     saved = list(ctx.saved_tensors)
-    means, weights = (saved.pop(0) if has else None for has in ctx.has)
+    means, weights = (saved.pop(0) if has else None for has in (form.keeps_means, ctx.has_weights))
     module = resolve_backward(form.impl, grad_out, saved, means, weights, form.program, ctx.indices)
     grad_weights, grads = module.fuse_backward(
         grad_out,
@@ -187,7 +192,7 @@ class _FuseOfFrozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, weights: Tensor) -> Tensor:
         outputs = call.form.forward(call, weights)
-        _save(ctx, call, weights, outputs, states_need=False)
+        _save(ctx, call, weights, outputs)
         return outputs[0]
 
     @staticmethod
@@ -202,7 +207,7 @@ class _FuseOfTrainable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, weights: Tensor | None, *states: Tensor) -> Tensor:
         outputs = call.form.forward(call, weights)
-        _save(ctx, call, weights, outputs, states_need=True)
+        _save(ctx, call, weights, outputs)
         return outputs[0]
 
     @staticmethod

@@ -54,9 +54,10 @@ def signatures_of(plan: FusionPlan) -> Signatures:
     return signatures
 
 
-def key_of(state: Tensor, options: tuple) -> tuple:
+def key_of(state: Tensor, weights: Tensor | None, options: tuple) -> tuple:
     """What of a signature is looked up; the guards compare the rest."""
-    return options, state.shape, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    learns = weights is not None and weights.requires_grad
+    return options, state.shape, learns, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class Signatures:
@@ -78,7 +79,7 @@ class Signatures:
         states = self._pick(hidden_states)
         if not isinstance(states[0], Tensor):
             return None
-        prepared = self._prepared.get(key_of(states[0], options))
+        prepared = self._prepared.get(key_of(states[0], weights, options))
         if prepared is None or not prepared.replay.can_run():
             return None
         if not (prepared.guards.check(*states) if weights is None else prepared.guards.check(*states, weights)):

@@ -29,6 +29,7 @@ from igva_kernels.impl.triton.launch import (
 from igva_kernels.impl.triton.mix_backward import launch_mix_backward
 from igva_kernels.impl.triton.mix_forward import launch_mix_forward
 from igva_kernels.impl.triton.patch_sums import launch_patch_sums
+from igva_kernels.impl.triton.replay import recording, replay_of
 from igva_kernels.impl.triton.row_backward import launch_row_backward
 from igva_kernels.impl.triton.row_forward import launch_row_forward
 from igva_kernels.impl.triton.schedule import (
@@ -45,8 +46,10 @@ __all__ = [
     "check_supported",
     "fuse_backward",
     "fuse_forward",
+    "recording",
     "reduce_backward",
     "reduce_forward",
+    "replay_of",
     "summaries_backward",
     "summaries_forward",
 ]

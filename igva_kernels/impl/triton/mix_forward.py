@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
+from igva_kernels.impl.triton.replay import launch_recorded
 from igva_kernels.impl.triton.schedule import Schedule
 from igva_kernels.impl.triton.tiles import (
     add_to_groups,
@@ -102,7 +103,9 @@ def launch_mix_forward(
     if 0 in grid:
         return
     with device_of(state):
-        mix_forward_kernel[grid](
+        launch_recorded(
+            mix_forward_kernel,
+            grid,
             streams.states,
             weights,
             out,

@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 _recording = local()
 
 
-def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
+def launch_recorded(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
     """``kernel[grid](*arguments, **constants)``, written down where someone records."""
     compiled = kernel[tuple(grid)](*arguments, **constants)
     launches: list[Launch] | None = getattr(_recording, "launches", None)
@@ -85,6 +85,12 @@ def _same(tensors: Sequence[Any], others: Sequence[Tensor]) -> bool:
     return len(tensors) == len(others) and all(tensor is other for tensor, other in zip(tensors, others, strict=True))
 
 
+def _listeners() -> Any:
+    """Who wants to be told of launches: a chain of hooks, of which the list is ``calls``, or a single hook or None."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return getattr(hook, "calls", hook)
+
+
 class Replay:
     """A recorded launch that fills new outputs from new states. Made by :func:`replay_of`."""
 
@@ -103,7 +109,7 @@ class Replay:
 
     def can_run(self) -> bool:
         """Whether nothing but the launch itself is wanted now: the device is current, and no profiler listens to Triton."""
-        return torch._C._cuda_getDevice() == self._device.index and triton.knobs.runtime.launch_enter_hook is None
+        return torch._C._cuda_getDevice() == self._device.index and not _listeners()
 
     def run(self, addresses: tuple[int, ...], weights: Tensor | None) -> tuple[Tensor, ...]:
         """New outputs, from states at these addresses (each a multiple of 16) and weights like the recorded ones."""

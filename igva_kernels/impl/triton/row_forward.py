@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igva_kernels.impl.triton import launch
 from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
+from igva_kernels.impl.triton.replay import launch_recorded
 from igva_kernels.impl.triton.row_tiles import (
     add_row_to_group,
     centre_row,
@@ -121,7 +122,9 @@ def launch_row_forward(
     if 0 in grid:
         return
     with device_of(state):
-        row_forward_kernel[grid](
+        launch_recorded(
+            row_forward_kernel,
+            grid,
             streams.states,
             weights,
             indices,
