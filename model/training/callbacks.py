@@ -101,6 +101,8 @@ def status_text(logs: dict[str, Any]) -> str:
     for key, text in (("tokens_per_second", "{:,.0f} tokens/s"), ("samples_per_second", "{:.1f} samples/s")):
         if key in logs:
             parts.append(text.format(logs[key]))
+    if "padding_share" in logs:
+        parts.append(f"padding {100 * logs['padding_share']:.1f} %")
     if "peak_memory_gb" in logs:
         parts.append(f"peak {logs['peak_memory_gb']:.2f} GB")
     return "  ".join(parts)

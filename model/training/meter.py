@@ -1,4 +1,4 @@
-"""Sums over the steps between two log entries. Legend: B samples, T tokens, I images, K groups."""
+"""Sums over the steps between two log entries. Legend: I images, K groups."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from model.configuration import IgvaLlavaConfig
-from model.loss import IGNORE_INDEX, negative_entropy
 from model.training.callbacks import FUSION_WEIGHT_KEY
 
 
 class StepMeter:
-    """Counts tokens and samples and watches the fusion; sums stay on the device, so that no step waits for them.
+    """Counts tokens, padding and samples and watches the fusion; sums stay on the device, so that no step waits for them.
 
     Args:
         config: the model's.
@@ -26,8 +25,7 @@ class StepMeter:
 
     def __init__(self, config: IgvaLlavaConfig, device: torch.device) -> None:
         self._device = device
-        self._legacy_double_softmax = config.legacy_double_softmax
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # tokens, samples
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # tokens, positions, samples
         num_groups = config.fusion["num_groups"] if config.fusion.get("stage") == 2 else 0
         # Images, sum of each weight, balance: of full size on every rank, also on one that sees no image.
         self._fusion = torch.zeros(num_groups + 2, device=device) if num_groups else None
@@ -35,29 +33,24 @@ class StepMeter:
         self._paused = 0.0
 
     @torch.no_grad()
-    def update(self, inputs: dict[str, Any], fusion_weights: Tensor | None, num_items: Tensor | int | None) -> None:
+    def update(self, inputs: dict[str, Any], fusion_weights: Tensor | None, balance: Tensor | None) -> None:
         """Take in one forward pass.
 
         Args:
-            inputs: the batch, with ``attention_mask`` and ``labels`` (B, T), and ``image_to_sample`` (I,) where it has
-                images.
+            inputs: the batch, of :class:`model.data.collator.ImageTextCollator` or ``PackingCollator``.
             fusion_weights: (I, K), or None.
-            num_items: labels of the whole optimizer step, all ranks together; None: of this batch.
+            balance: the balance term of the pass as its share of the step's, a scalar; None where there are no weights.
         """
-        num_samples = torch.tensor(len(inputs["labels"]), device=self._device)
-        self._counts += torch.stack([inputs["attention_mask"].sum(), num_samples])
-        if self._fusion is None or fusion_weights is None:
+        input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+        positions = torch.tensor(input_ids.numel(), device=self._device)
+        tokens = positions if attention_mask is None else attention_mask.sum()
+        packed = inputs.get("cu_seq_lens_q")
+        num_samples = len(input_ids) if packed is None else len(packed) - 1
+        self._counts += torch.stack([tokens, positions, torch.tensor(num_samples, device=self._device)])
+        if self._fusion is None or fusion_weights is None or balance is None:
             return
-        labels_per_sample = inputs["labels"][:, 1:].ne(IGNORE_INDEX).sum(1)
-        if num_items is None:
-            num_items = labels_per_sample.sum()
-        image_to_sample = inputs["image_to_sample"]
-        images_per_sample = torch.bincount(image_to_sample, minlength=len(labels_per_sample))
-        # The share of an image in the loss's balance term: loss - weight * balance is then exactly the cross-entropy.
-        share = labels_per_sample[image_to_sample] / images_per_sample[image_to_sample]
-        balance = negative_entropy(fusion_weights, legacy_double_softmax=self._legacy_double_softmax)
         num_images = torch.tensor([float(len(fusion_weights))], device=self._device)
-        self._fusion += torch.cat([num_images, fusion_weights.float().sum(0), ((balance * share).sum() / num_items)[None]])
+        self._fusion += torch.cat([num_images, fusion_weights.float().sum(0), balance.float()[None]])
 
     def pause(self, seconds: float) -> None:
         """Leave seconds out of the speed, such as those of an evaluation."""
@@ -72,7 +65,9 @@ class StepMeter:
             if num_images:
                 logs["balance"] = balance / num_steps
                 logs |= {f"{FUSION_WEIGHT_KEY}{k}": weight / num_images for k, weight in enumerate(weights, start=1)}
-        tokens, samples = sum_over_ranks(self._counts).tolist()
+        tokens, positions, samples = sum_over_ranks(self._counts).tolist()
+        if positions:
+            logs["padding_share"] = 1 - tokens / positions
         logs["tokens_per_second"] = tokens / seconds
         logs["samples_per_second"] = samples / seconds
         logs["peak_memory_gb"] = peak_memory_gb()

@@ -22,6 +22,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 AspectRatio = Literal["pad", "square"]
 InstructionPolicy = Literal["first_turn", "last_turn", "mean_of_turns"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Grouping = Literal["modality_length", "random"]
+Attention = Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3"]
+FrozenWeights = Literal["auto", "fp32", "bf16"]
 
 # Ten steps show every part of a run at work (data, loss, log, save) and no more.
 SMOKE_STEPS = 10
@@ -81,6 +84,13 @@ class DataSource:
     max_length: int = 2048
     """Longest sequence in tokens, image tokens included. A longer sample is cut at its end; where that would cut an
     image, or leave nothing to learn, the run stops and names the sample."""
+    packing: bool = False
+    """Put the samples of a forward pass end to end in one row, without padding; attention stays within each sample. Which
+    samples share a step of the optimizer does not change, and so neither do loss and gradients. On a GPU it needs
+    flash-attn, or a torch with variable-length attention, and bf16."""
+    grouping: Grouping = "modality_length"
+    """Which samples share a step and a forward pass. ``modality_length``: samples with images and samples without do not
+    share a step, as in LLaVA, and neighbours in length share a pass, which leaves less padding. ``random``: any."""
     num_workers: int = 0
     """Processes that read and prepare samples beside each training process; 0: the training process does it itself."""
 
@@ -129,7 +139,8 @@ class TrainRecipe:
     batch_size: int = 128
     """Samples between two steps of the optimizer, over all devices."""
     micro_batch_size: int = 8
-    """Samples in one forward pass on one device; gradients are accumulated until ``batch_size`` is reached."""
+    """Samples in one forward pass on one device, or on average where ``data.packing`` is on; gradients are accumulated until
+    ``batch_size`` is reached."""
     eval_batch_size: int | None = None
     """Samples in one forward pass of the evaluation on one device; unset: ``micro_batch_size``."""
     epochs: float = 1.0
@@ -151,9 +162,15 @@ class TrainRecipe:
     scheduler: Scheduler = "cosine"
     """Course of the learning rate after the warm-up."""
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward pass; weights stay in fp32. ``auto``: bf16 on a GPU that has it; on a
-    CPU a step is timed in both and the faster one taken, as bf16 is twice as fast on some CPUs and twenty times
-    slower on others."""
+    """Arithmetic of the forward and backward pass; weights that learn stay in fp32, sharded by DeepSpeed or FSDP where they
+    are at work. ``auto``: bf16 on a GPU that has it; on a CPU a step is timed in both and the faster one taken, as bf16 is
+    twice as fast on some CPUs and twenty times slower on others."""
+    frozen_weights: FrozenWeights = "auto"
+    """How the tower and a language model that does not learn are held, and saved: ``bf16`` takes half the memory and spares
+    a conversion in every product. ``auto``: bf16 on a GPU where ``precision`` is bf16, else fp32."""
+    attention: Attention = "auto"
+    """Attention of the language model. ``auto``: flash-attn 3 or 2 where installed, else ``varlen`` (torch's own, for packed
+    rows on a GPU), else ``sdpa``. A named one that cannot run is refused."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute the rest again in the backward pass: less memory, about a third
     more work."""
@@ -218,6 +235,9 @@ class TrainRecipe:
         _check_choice("language_model_training", self.language_model_training, (None, *get_args(LanguageModelTraining)))
         _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("scheduler", self.scheduler, get_args(Scheduler))
+        _check_choice("frozen_weights", self.frozen_weights, get_args(FrozenWeights))
+        _check_choice("attention", self.attention, get_args(Attention))
+        _check_choice("data.grouping", self.data.grouping, get_args(Grouping))
         _check_choice("data.aspect_ratio", self.data.aspect_ratio, get_args(AspectRatio))
         _check_choice("data.instruction_policy", self.data.instruction_policy, get_args(InstructionPolicy))
         if self.stage == 1 and self.resolved_language_model_training != "frozen":

@@ -21,8 +21,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from transformers.trainer_utils import set_seed
 
 from model._hf_compat import enable_activation_checkpointing
+from model.attention import choose_attention
 from model.build import build_model, build_processor
-from model.data.collator import ImageTextCollator
+from model.data.batches import StepBatchSampler
+from model.data.collator import ImageTextCollator, PackingCollator
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import Sample, read_llava_json
 from model.instruction import InstructionCache, InstructionPolicy, SentenceEncoder, instruction_texts
@@ -33,7 +35,7 @@ from model.training.folders import RunFolders, require_checkpoint
 from model.training.freeze import apply_stage
 from model.training.lora import add_lora, has_lora, merge_lora, save_adapters
 from model.training.meter import peak_memory_gb
-from model.training.precision import choose_precision
+from model.training.precision import choose_precision, hold_frozen_weights
 from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe
 from model.training.trainer import IgvaTrainer
 
@@ -81,10 +83,14 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         train_data, eval_data = load_data(recipe, processor, folders.instructions)
     say(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
 
+    arguments = training_arguments(recipe, folders)
+    precision = "bf16" if arguments.bf16 else "fp32"
+    prepare_language_model(model, recipe, precision)
     trainer = IgvaTrainer(
         model=model,
-        args=training_arguments(recipe, folders),
-        data_collator=ImageTextCollator(processor.tokenizer.pad_token_id),
+        args=arguments,
+        data_collator=PackingCollator() if recipe.data.packing else ImageTextCollator(processor.tokenizer.pad_token_id),
+        batches=deal_batches(recipe, train_data),
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=processor,
@@ -102,7 +108,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         "train_loss": outcome.training_loss,
         "eval_loss": eval_loss,
         "seconds": time.perf_counter() - start,
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": precision,
         "peak_memory_gb": peak_memory_gb(),
         "parameters": report.to_dict(),
     }
@@ -195,6 +201,33 @@ def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: Instr
     return len(texts)
 
 
+def prepare_language_model(model: IgvaLlavaForConditionalGeneration, recipe: TrainRecipe, precision: str) -> None:
+    """Set the attention of the run and hold what does not learn as the recipe says."""
+    device = process_state().device
+    attention = choose_attention(recipe.attention, device, packing=recipe.data.packing, half_precision=precision == "bf16")
+    model.model.language_model.set_attn_implementation(attention.name)
+    say(f"attention: {attention.name} ({attention.reason})")
+    in_bf16 = hold_frozen_weights(model, recipe.frozen_weights, device, precision)
+    if in_bf16:
+        say(f"{in_bf16:,} parameters that do not learn are held, and will be saved, in bf16")
+
+
+def deal_batches(recipe: TrainRecipe, data: LlavaDataset) -> StepBatchSampler:
+    """Which samples share a step and a forward pass, for this rank."""
+    ranks = process_state()
+    return StepBatchSampler(
+        data.estimated_lengths(),
+        [bool(sample.images) for sample in data.samples],
+        batch_size=recipe.accumulation_steps(ranks.num_processes) * recipe.micro_batch_size * ranks.num_processes,
+        micro_batch_size=recipe.micro_batch_size,
+        packing=recipe.data.packing,
+        grouping=recipe.data.grouping,
+        seed=recipe.seed,
+        rank=ranks.process_index,
+        num_ranks=ranks.num_processes,
+    )
+
+
 def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
     """The settings of a recipe in the words of transformers' Trainer."""
     ranks = process_state()
@@ -254,6 +287,8 @@ def save_checkpoint(
     folders.records.mkdir(parents=True)
     if has_lora(model):
         save_adapters(model, folders.staging / "adapters")
+        # A merged weight in bf16 would round the adapters away. The run is over, and memory has held the model in fp32 before.
+        model.to(device="cpu", dtype=torch.float32)
         merge_lora(model)
     model.save_pretrained(folders.staging)
     processor.save_pretrained(folders.staging)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from model.data.batches import StepBatchSampler
 from model.training.lora import has_lora, load_adapters, save_adapters
 from model.training.meter import StepMeter
 
@@ -21,9 +23,12 @@ class IgvaTrainer(Trainer):
     """Trainer of :class:`model.modeling.IgvaLlavaForConditionalGeneration`.
 
     The loss is exact by tokens under accumulation and over ranks: the Trainer counts the labels of the whole window
-    and the model divides its sums by that count, the balance term included (see the model's forward).
+    and the model divides its sums by that count, the balance term included (see the model's forward). What is logged as
+    ``loss``, ``train_loss`` and ``eval_loss`` is the cross-entropy; ``balance`` stands beside it, and ``objective`` is the sum
+    that is minimised, where it differs.
 
     Args:
+        batches: deals the samples to this rank's forward passes; None leaves that to ``transformers.Trainer``.
         projector_learning_rate: peak learning rate of the projector; None: that of the arguments.
         allocator_learning_rate: the same for the weight allocator.
         **kwargs: those of ``transformers.Trainer``.
@@ -34,11 +39,13 @@ class IgvaTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        batches: StepBatchSampler | None = None,
         projector_learning_rate: float | None = None,
         allocator_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._batches = batches
         self._learning_rates = {_PROJECTOR: projector_learning_rate, _ALLOCATOR: allocator_learning_rate}
         self._config = self.accelerator.unwrap_model(self.model).config
         self.start_window()
@@ -69,9 +76,31 @@ class IgvaTrainer(Trainer):
         # A cache would keep every key and value of the batch for steps that never come.
         inputs = {**inputs, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        balance, weight = outputs.get("balance"), self._config.balance_loss_weight
         if model.training:
-            self._meter.update(inputs, outputs.get("fusion_weights"), num_items_in_batch)
+            self._meter.update(inputs, outputs.get("fusion_weights"), balance)
+        if balance is not None and weight:
+            # Without gradient: the value becomes that of the cross-entropy, and the gradient remains that of the sum. The
+            # Trainer has multiplied the loss by the number of ranks, over which DistributedDataParallel averages.
+            ranks = self.accelerator.num_processes
+            scaled = num_items_in_batch is not None and self.args.average_tokens_across_devices
+            loss = loss - (ranks if scaled else 1) * weight * balance.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers; with ``batches``, a loader of this rank's batches only, which is not to be sharded once more."""
+        if self._batches is None:
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return _EpochLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # "loss" marks the entries of training steps; those of evaluations and the final summary have other keys.
@@ -81,7 +110,7 @@ class IgvaTrainer(Trainer):
             self.start_window()
             weight = self._config.balance_loss_weight
             if weight and "balance" in logs:
-                logs["task_loss"] = logs["loss"] - weight * logs["balance"]
+                logs["objective"] = logs["loss"] + weight * logs["balance"]
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -122,6 +151,13 @@ class IgvaTrainer(Trainer):
             load_adapters(target, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _EpochLoader(DataLoader):
+    """A loader that tells its batch sampler the epoch, as the Trainer asks of it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
 
 
 class _StartWindow(TrainerCallback):

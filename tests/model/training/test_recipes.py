@@ -6,8 +6,9 @@ from typing import get_args
 
 import pytest
 
-from model import instruction
+from model import attention, instruction
 from model.cli.train import SHIPPED_RECIPES, find_recipe, shipped_recipes
+from model.data import batches
 from model.training import recipe as recipe_module
 from model.training.recipe import TrainRecipe, load_recipe, recipe_parser
 from model.training.run import train
@@ -76,6 +77,9 @@ def test_flags_override_the_file(tmp_path):
         (["--model.checkpoint=somewhere"], "model.checkpoint already fixes model.vision_tower"),
         (["--model.vision_tower=null"], "model.vision_tower is not set"),
         (["--data.aspect_ratio=round"], "aspect_ratio"),
+        (["--data.grouping=length"], "grouping"),
+        (["--attention=flash"], "attention"),
+        (["--frozen_weights=fp16"], "frozen_weights"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(flags, message):
@@ -89,8 +93,16 @@ def test_batches_that_do_not_divide_are_refused():
         recipe.accumulation_steps(num_processes=3)
 
 
-def test_the_recipe_s_policies_are_those_of_the_instruction_module():
-    assert set(get_args(recipe_module.InstructionPolicy)) == set(get_args(instruction.InstructionPolicy))
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        (recipe_module.InstructionPolicy, instruction.InstructionPolicy),
+        (recipe_module.Attention, attention.Attention),
+        (recipe_module.Grouping, batches.Grouping),
+    ],
+)
+def test_the_recipe_s_choices_are_those_of_the_modules(mine, theirs):
+    assert set(get_args(mine)) == set(get_args(theirs))
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are():

@@ -79,20 +79,33 @@ def test_accumulation_logs_the_loss_of_one_large_batch(make_trainer):
     for trainer in (make_trainer(8, 1), make_trainer(2, 4)):
         trainer.train()
         logged.append(trainer.state.log_history[0])
-    for key in ("loss", "task_loss", "balance"):
+    for key in ("loss", "objective", "balance"):
         assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-5), key
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_the_logged_task_loss_is_the_loss_without_the_balance_term(legacy, make_trainer):
-    with_balance = make_trainer(2, 4, balance_loss_weight=0.5, legacy_double_softmax=legacy)
+def test_the_logged_loss_is_the_loss_without_the_balance_term(legacy, make_trainer):
+    with_balance = make_trainer(2, 4, balance_loss_weight=5.0, legacy_double_softmax=legacy)
     without = make_trainer(2, 4, balance_loss_weight=0.0, legacy_double_softmax=legacy)
     with_balance.train()
     without.train()
     first, plain = with_balance.state.log_history[0], without.state.log_history[0]
-    assert first["task_loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert first["loss"] == pytest.approx(first["task_loss"] + 0.5 * first["balance"], rel=1e-6)
-    assert abs(first["loss"] - plain["loss"]) > 1e-2
+    assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert with_balance.state.log_history[-1]["train_loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert first["objective"] == pytest.approx(first["loss"] + 5.0 * first["balance"], rel=1e-6)
+    assert first["balance"] == pytest.approx(plain["balance"], rel=1e-6) and first["balance"] < -0.1
+    assert "objective" not in plain
+    # The gradient is that of the sum: the balance term has moved the allocator.
+    allocators = (trainer.model.model.fusion.allocator.sentence_proj.weight for trainer in (with_balance, without))
+    assert not torch.allclose(*allocators, rtol=1e-3)
+
+
+def test_the_held_out_loss_is_the_cross_entropy(make_trainer):
+    losses = []
+    for weight in (0.0, 5.0):
+        trainer = make_trainer(2, balance_loss_weight=weight)
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_log_shows_the_mean_weights_of_the_groups_and_the_speed(make_trainer):
@@ -101,8 +114,11 @@ def test_the_log_shows_the_mean_weights_of_the_groups_and_the_speed(make_trainer
     entry = trainer.state.log_history[0]
     assert entry["fusion_weight_1"] + entry["fusion_weight_2"] == pytest.approx(1)
     assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
+    # All eight samples in one pass: the longest has the answer of 50 letters.
+    lengths = [len(sample["input_ids"]) for sample in trainer.train_dataset]
+    assert entry["padding_share"] == pytest.approx(1 - sum(lengths) / (8 * max(lengths)))
     text = status_text(entry)
-    for part in ("loss ", "weights 0.", "tokens/s", "samples/s", "peak "):
+    for part in ("loss ", "weights 0.", "tokens/s", "samples/s", "padding ", "peak "):
         assert part in text
 
 
