@@ -41,7 +41,7 @@ from igva_kernels.impl.triton.allocator_forward import (
     sum_kernel,
 )
 from igva_kernels.impl.triton.allocator_tiles import ProductTile, product_tile
-from igva_kernels.impl.triton.launch import WARP, device_of
+from igva_kernels.impl.triton.launch import device_of, warps_of
 
 GRADIENT_SIDE = 64
 """Rows and columns of the tile of a weight's gradient."""
@@ -343,7 +343,7 @@ def _backward_through_blocks(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         GROUPS=triton.next_power_of_2(groups),
-        num_warps=4,
+        num_warps=warps_of(128),
     )
     for i, block in reversed(list(enumerate(blocks))):
         query, attended, sum1, normalised1, ffn_hidden, sum2, normalised2 = (
@@ -453,7 +453,7 @@ def _parameter_gradients(
             PARAMETERS_OF_A_BLOCK=size_of_a_block,
             ROWS=GRADIENT_ROWS,
             SIDE=GRADIENT_SIDE,
-            num_warps=128 // WARP,
+            num_warps=warps_of(128),
         )
 
     launch(  # query, out_proj and both layers of the ffn
@@ -499,7 +499,7 @@ def _parameter_gradients(
         PARAMETERS_OF_A_BLOCK=size_of_a_block,
         ROWS=16,
         COLUMNS=columns,
-        num_warps=4,
+        num_warps=warps_of(128),
     )
 
 

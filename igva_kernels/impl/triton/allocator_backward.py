@@ -61,7 +61,7 @@ def head_backward_kernel(
     store_tile(grad_input, total, rows, num_rows, columns, H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def ffn_hidden_backward_kernel(
     grad,  # *[B, H], of LayerNorm 2's output
     source,  # *[B, H], LayerNorm 2's input
@@ -85,7 +85,7 @@ def ffn_hidden_backward_kernel(
     store_tile(grad_hidden, tl.where(active, product, 0.0), rows, num_rows, columns, H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def attended_backward_kernel(
     grad,  # *[B, H], of LayerNorm 1's output
     source,  # *[B, H], LayerNorm 1's input
@@ -112,7 +112,7 @@ def attended_backward_kernel(
     store_head_products(partials, rounded.to(tl.float32), values, rows, num_rows, columns, H, K)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "probabilities"])
 def query_backward_kernel(
     probabilities,  # *[B, K, HEADS]
     partials,  # *[B, K, HEADS*PARTS]
@@ -277,7 +277,7 @@ def weight_gradients_kernel(
         tl.store(parameters + bias + outputs, sums.to(parameters.dtype.element_ty), mask=outputs < N)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def norm_gradients_kernel(
     grads,  # *[row matrices, B, H]
     matrices,  # *[row matrices, B, H]

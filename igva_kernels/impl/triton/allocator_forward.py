@@ -46,6 +46,8 @@ from igva_kernels.impl.triton.allocator_tiles import (
 )
 
 
+# Numbers of rows change from batch to batch and must not compile anew, nor must the places that follow from them inside a
+# buffer: the statistics and probabilities of a block begin at 16 bytes for some batches and not for others.
 @triton.jit(do_not_specialize=["num_sentences", "num_members"])
 def project_inputs_kernel(
     sentences,  # *[B, E]
@@ -104,7 +106,7 @@ def keys_values_kernel(
     store_tile(out, add_bias(product, bias, columns, H), rows, num_members, columns, H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def query_kernel(
     source,  # *[B, H]: the block's input, before LayerNorm 2 of the block before if there is one
     norm_weight,  # *[H]; None for the first block, whose input is not normalised
@@ -137,7 +139,7 @@ def query_kernel(
     store_head_products(partials, rounded.to(tl.float32), keys, rows, num_rows, columns, H, K)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "probabilities"])
 def attended_kernel(
     partials,  # *[B, K, HEADS*PARTS]
     values,  # *[B*K, H]
@@ -195,7 +197,7 @@ def attended_kernel(
     store_tile(out, total_product + load_tile(residual, rows, num_rows, columns, H), rows, num_rows, columns, H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def ffn_hidden_kernel(
     source,  # *[B, H], before LayerNorm 1
     norm_weight,  # *[H]
@@ -239,7 +241,7 @@ def sum_kernel(
     store_tile(out, product + load_tile(residual, rows, num_rows, columns, H), rows, num_rows, columns, H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "statistics"])
 def head_kernel(
     source,  # *[B, H], before LayerNorm 2 of the last block
     norm_weight,  # *[H]
