@@ -12,7 +12,6 @@ import torch
 from igva_kernels import FusionPlan
 from igva_kernels.impl import native
 from igva_kernels.impl.native import build, structs
-from igva_kernels.program import Norm
 
 PLAN = FusionPlan.igva(4, 2)
 STATES = [torch.ones(1, 3, 8)] * 4
@@ -158,7 +157,6 @@ def test_structs_have_the_sizes_that_c_gives_them(_built):
         ([state.double() for state in STATES], {}, "float64"),
         ([state.to("meta") for state in STATES], {}, "meta"),
         ([torch.ones(1, 8, 3).transpose(1, 2)] * 4, {}, "strides"),
-        (STATES, {"plan": FusionPlan(4, (type(PLAN.slots[0])(((1, 2), (3, 4)), norm=Norm("layer")),))}, "norms"),
     ],
 )
 def test_what_it_cannot_run_is_said(_built, states, options, word):

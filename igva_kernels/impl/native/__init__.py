@@ -22,6 +22,7 @@ from igva_kernels.impl.native.structs import (
     TYPES,
     Backward,
     BackwardLayout,
+    Classes,
     Forward,
     ForwardLayout,
     Map,
@@ -69,8 +70,6 @@ def check_supported(
     first = states[0]
     if first.device.type != "cpu":
         return f"it runs on a CPU, and the hidden states are on {first.device}"
-    if program.has_norms:
-        return "it has no norms"
     for state in states:
         if state.dtype not in TYPES:
             return f"it has float32, bfloat16 and float16, and the hidden states are {state.dtype}"
@@ -147,6 +146,7 @@ def fuse_backward(
         _Factors(weights, indices, program.num_weights),
         needs_weights,
         grads,
+        states,
         num_prefix_tokens,
     )
     return grad_weights, grads
@@ -172,7 +172,7 @@ def reduce_backward(
     slot_stride = grad_means.stride(0) * grad_means.element_size()
     layout = reduction_layout(program)
     factors = _Factors(None, None, 0)
-    _run_backward(layout, grad_means[0], slot_stride, (), 0, factors, False, grads, num_prefix_tokens)
+    _run_backward(layout, grad_means[0], slot_stride, (), 0, factors, False, grads, states or (), num_prefix_tokens)
     return grads
 
 
@@ -192,7 +192,7 @@ def _run_forward(
     if patches.numel() == 0:
         return
     num_bytes = len(states) * patches.numel() * patches.element_size()
-    shape, scratch = _shape(patches, num_bytes, sums=layout.num_mixed, once=1, for_each=layout.num_slots)
+    shape, scratch = _shape(patches, num_bytes, sums=layout.num_mixed, once=2, for_each=layout.num_slots)
     sources = maps(states, num_prefix_tokens)
     job = Forward(
         shape,
@@ -223,6 +223,7 @@ def _run_backward(
     factors: _Factors,
     needs_weights: bool,
     grads: Sequence[Tensor],
+    states: Sequence[Tensor],
     num_prefix_tokens: int,
 ) -> Tensor | None:
     """Fill the gradients of the classes, and return that of the weights if it is needed.
@@ -231,7 +232,8 @@ def _run_backward(
         cotangent: (B, N, D), of slot 0.
         slot_stride: bytes from the cotangent of a slot to that of the next.
         sources: the members of the groups; their patches begin at ``first_row``.
-        grads: one (B, T, D) a class; their patches begin at ``num_prefix_tokens``.
+        grads: one (B, T, D) a class; their patches begin at ``num_prefix_tokens``, as do those of the states.
+        states: of all sources, if there are norms.
     """
     batch, rows, width = cotangent.shape
     weights = factors.weights if needs_weights else None
@@ -241,17 +243,19 @@ def _run_backward(
             grad.zero_()
         return None if grad_weights is None else grad_weights.zero_()
     num_bytes = (layout.num_slots + len(sources) + len(grads)) * batch * rows * width * cotangent.element_size()
-    shape, scratch = _shape(cotangent, num_bytes, sums=1, once=layout.num_slots + 1, for_each=0)
+    shape, scratch = _shape(cotangent, num_bytes, sums=1, once=layout.num_slots + 3, for_each=0)
     chunks = -(-rows // shape.rows_per_chunk)
     per_token = grad_weights is not None and grad_weights.ndim == 3
     partials = None
     if grad_weights is not None and not per_token:
         partials = grad_weights.new_empty(batch * chunks, factors.num_columns, dtype=torch.float64)
     of_sources, of_grads = maps(sources, first_row), maps(grads, num_prefix_tokens)
+    of_classes = maps([states[source] for source in layout.class_sources], num_prefix_tokens)
+    state_type = TYPES[states[0].dtype] if layout.class_sources else 0
     job = Backward(
         shape,
         layout.groups,
-        layout.classes,
+        Classes(len(grads), *layout.class_addresses, of_classes.buffer_info()[0], state_type),
         factors.struct(rows),
         TYPES[cotangent.dtype],
         TYPES[sources[0].dtype if sources else cotangent.dtype],

@@ -186,7 +186,9 @@ def build(command: tuple[str, ...], folder: Path, key: str) -> Path:
     os.close(descriptor)
     unfinished = Path(name)
     try:
-        subprocess.run([*command, "-o", name, str(SOURCE)], capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+        subprocess.run(
+            [*command, "-o", name, str(SOURCE), "-lm"], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
+        )
         unfinished.chmod(0o700)
         return unfinished.replace(folder / f"mix-{key}-{_digest_of(unfinished)}.so")
     finally:

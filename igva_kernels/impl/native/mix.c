@@ -51,10 +51,11 @@ struct map {
     int64_t image_stride, row_stride;
 };
 
-/* Per group g: its members among the maps, and the slots and weight columns that use its mean. */
+/* Per group g: its members among the maps, their norm, and the slots and weight columns that use its mean. */
 struct groups {
     int64_t count;
     const int64_t *member_start, *member;
+    const struct norm *norm;
     const int64_t *use_start, *use_slot, *use_column;
 };
 
@@ -124,16 +125,25 @@ INLINE int reaches_any(struct row_weights weights, const struct groups *groups, 
 
 INLINE float weight_of(struct row_weights weights, int64_t column) { return column == PLAIN ? 1.0f : weights.factor[column]; }
 
-/* The mean of a group's rows, into scratch. */
+/* The mean of a group's rows, each normalised if the group says so, into scratch; ``value`` has room for a row. */
 static void mean_row(const struct groups *groups, int64_t g, const struct map *maps, int type, int64_t image, int64_t row,
-                     int64_t width, float *mean)
+                     int64_t width, float *mean, float *value)
 {
     const int64_t *member = groups->member + groups->member_start[g];
     const int64_t count = groups->member_start[g + 1] - groups->member_start[g];
     const float scale = (float)(1.0 / (double)count);
-    const char *from[count];
-    for (int64_t m = 0; m < count; m++) from[m] = row_of(maps + member[m], image, row);
-    sum_rows(type, from, count, width, mean, scale);
+    if (groups->norm[g].kind == NO_NORM) {
+        const char *from[count];
+        for (int64_t m = 0; m < count; m++) from[m] = row_of(maps + member[m], image, row);
+        sum_rows(type, from, count, width, mean, scale);
+        return;
+    }
+    for (int64_t m = 0; m < count; m++) {
+        FOR_TYPE(type, load_row(TYPE, row_of(maps + member[m], image, row), value, width));
+        normalise_row(groups->norm[g], value, width);
+        add_scaled(mean, value, 1.0f, width, m == 0);
+    }
+    add_scaled(mean, mean, scale, width, 1);
 }
 
 /* ---- forward ---------------------------------------------------------------------------------------------------------- */
@@ -156,7 +166,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
     const int64_t width = job->shape.width, stride = padded(width), num_slots = job->num_slots, rows = job->shape.rows;
     const int64_t bytes = width * size_of((int)job->out_type);
     char *const out = job->out + (chunk.image * rows + chunk.first_row) * num_slots * bytes;
-    float *const mean = scratch, *const sums = scratch + stride; /* (S, rows of the chunk) */
+    float *const mean = scratch, *const value = scratch + stride, *const sums = scratch + 2 * stride; /* (S, rows of the chunk) */
     const int64_t columns = job->weights.indices ? job->weights.num_columns : 0;
     float factors[chunk.num_rows * columns + 1];
     char reached[chunk.num_rows * columns + 1];
@@ -169,7 +179,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
         for (int64_t r = 0; r < chunk.num_rows && g < groups->count; r++) {
             const int64_t row = chunk.first_row + r;
             if (g >= job->num_means && !reaches_any(weights[r], groups, g)) continue;
-            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean);
+            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value);
             if (g < job->num_means) {
                 char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes;
                 FOR_TYPE(job->out_type, stream_row(TYPE, to, mean, width));
@@ -210,7 +220,7 @@ static void forward_work(void *argument, int64_t worker)
     finish_streams();
 }
 
-/* Scratch: (1 + S * rows_per_chunk) padded rows a thread. */
+/* Scratch: (2 + S * rows_per_chunk) padded rows a thread. */
 void igva_forward(struct forward *job)
 {
     const int64_t map = job->shape.batch * job->shape.rows * job->shape.width * size_of((int)job->out_type);
@@ -221,11 +231,16 @@ void igva_forward(struct forward *job)
 
 /* ---- backward --------------------------------------------------------------------------------------------------------- */
 
-/* Per gradient class c: the slots whose cotangents it sums, each by weight (or 1) times scale. */
+/* Per gradient class c: its parts, each a sum of slots' cotangents by weight (or 1) times scale that goes back through a norm,
+ * or through none. A class with norms is one source, and these are where they are taken. */
 struct classes {
     int64_t count;
+    const int64_t *part_start;
+    const struct norm *norm;
     const int64_t *term_start, *term_slot, *term_column;
     const float *term_scale;
+    const struct map *sources;
+    int64_t source_type;
 };
 
 struct backward {
@@ -246,15 +261,15 @@ struct backward {
 
 /* The dot products of a row's cotangents with the group means: dL/dw by column. */
 static void weight_gradients(const struct backward *job, int64_t image, int64_t row, struct row_weights weights,
-                             const float *cotangents, float *mean, double *products)
+                             const float *cotangents, float *mean, float *value, double *products)
 {
     const struct groups *groups = &job->groups;
     const int64_t width = job->shape.width, stride = padded(width);
     for (int64_t g = 0; g < groups->count; g++) {
         const int64_t first = groups->member_start[g];
-        const struct map *only = groups->member_start[g + 1] - first == 1 ? job->maps + groups->member[first] : NULL;
+        const struct map *only = groups->member_start[g + 1] - first == 1 && groups->norm[g].kind == NO_NORM ? job->maps + groups->member[first] : NULL;
         if (!reaches_any(weights, groups, g)) continue;
-        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean);
+        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean, value);
         for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
             const float *cotangent = cotangents + groups->use_slot[u] * stride;
             double *product = products + groups->use_column[u];
@@ -267,24 +282,46 @@ static void weight_gradients(const struct backward *job, int64_t image, int64_t 
     }
 }
 
-/* The gradient of a row of class c: its terms, in their order. */
-static void class_gradient(const struct backward *job, int64_t c, struct row_weights weights, const char *grad_out,
-                           const float *cotangents, float *sum, char *to)
+/* The sum of a part's terms, in their order; 0 if the row's weights reach none, and then nothing is written. */
+static int sum_terms(const struct classes *classes, int64_t part, struct row_weights weights, const float *cotangents,
+                     int64_t stride, float *sum)
 {
-    const struct classes *classes = &job->classes;
-    const int64_t width = job->shape.width, stride = padded(width), bytes = width * size_of((int)job->grad_type);
-    const int64_t first = classes->term_start[c], last = classes->term_start[c + 1];
     int begun = 0;
-    if (last - first == 1 && classes->term_column[first] == PLAIN && classes->term_scale[first] == 1.0f) {
-        stream_copy(to, grad_out + classes->term_slot[first] * job->slot_stride, bytes);
-        return;
-    }
-    for (int64_t t = first; t < last; t++) {
+    for (int64_t t = classes->term_start[part]; t < classes->term_start[part + 1]; t++) {
         const int64_t column = classes->term_column[t];
         if (!reaches(weights, column)) continue;
         add_scaled(sum, cotangents + classes->term_slot[t] * stride, weight_of(weights, column) * classes->term_scale[t], stride,
                    !begun);
         begun = 1;
+    }
+    return begun;
+}
+
+/* The gradient of a row of class c; ``sum``, ``through_norm`` and ``value`` have room for a row each. */
+static void class_gradient(const struct backward *job, int64_t c, int64_t image, int64_t row, struct row_weights weights,
+                           const char *grad_out, const float *cotangents, float *sum, float *through_norm, float *value)
+{
+    const struct classes *classes = &job->classes;
+    const int64_t width = job->shape.width, stride = padded(width), bytes = width * size_of((int)job->grad_type);
+    const int64_t first_part = classes->part_start[c], last_part = classes->part_start[c + 1];
+    const int64_t first = classes->term_start[first_part], last = classes->term_start[last_part];
+    char *to = row_of(job->grads + c, image, row);
+    int begun = 0;
+    if (last_part - first_part == 1 && last - first == 1 && classes->norm[first_part].kind == NO_NORM &&
+        classes->term_column[first] == PLAIN && classes->term_scale[first] == 1.0f) {
+        stream_copy(to, grad_out + classes->term_slot[first] * job->slot_stride, bytes);
+        return;
+    }
+    for (int64_t part = first_part; part < last_part; part++) {
+        const struct norm norm = classes->norm[part];
+        if (norm.kind == NO_NORM) { /* there is at most one such part, and it comes first */
+            begun = sum_terms(classes, part, weights, cotangents, stride, sum);
+        } else if (sum_terms(classes, part, weights, cotangents, stride, through_norm)) {
+            FOR_TYPE(classes->source_type, load_row(TYPE, row_of(classes->sources + c, image, row), value, width));
+            norm_gradient_row(norm, through_norm, value, width);
+            add_scaled(sum, through_norm, 1.0f, stride, !begun);
+            begun = 1;
+        }
     }
     if (begun)
         FOR_TYPE(job->grad_type, stream_row(TYPE, to, sum, width));
@@ -296,7 +333,8 @@ static void backward_row(const struct backward *job, int64_t image, int64_t row,
 {
     const int64_t width = job->shape.width, stride = padded(width), columns = job->weights.num_columns;
     const int64_t at = image * job->weights.image_stride + row * job->weights.row_stride;
-    float *const cotangents = scratch, *const total = scratch + job->num_slots * stride;
+    float *const cotangents = scratch, *const sum = scratch + job->num_slots * stride;
+    float *const through_norm = sum + stride, *const value = sum + 2 * stride;
     const char *grad_out = row_of(&job->grad_out, image, row);
     float factor[columns + 1];
     char reached[columns + 1];
@@ -305,7 +343,7 @@ static void backward_row(const struct backward *job, int64_t image, int64_t row,
     for (int64_t s = 0; s < job->num_slots; s++)
         if (job->needed[s])
             FOR_TYPE(job->grad_type, load_row(TYPE, grad_out + s * job->slot_stride, cotangents + s * stride, width));
-    weight_gradients(job, image, row, weights, cotangents, total, products);
+    weight_gradients(job, image, row, weights, cotangents, sum, value, products);
     for (int64_t column = 0; column < columns && job->partials; column++) partials[column] += products[column];
     if (job->grad_weights && job->weights.indices)
         for (int64_t n = 0; n < job->weights.num_named; n++) {
@@ -316,7 +354,7 @@ static void backward_row(const struct backward *job, int64_t image, int64_t row,
         for (int64_t column = 0; column < columns && job->grad_weights; column++)
             job->grad_weights[at + column] = (float)products[column];
     for (int64_t c = 0; c < job->classes.count; c++)
-        class_gradient(job, c, weights, grad_out, cotangents, total, row_of(job->grads + c, image, row));
+        class_gradient(job, c, image, row, weights, grad_out, cotangents, sum, through_norm, value);
 }
 
 static void backward_chunk(const struct backward *job, int64_t number, float *scratch)
@@ -344,7 +382,7 @@ static void backward_work(void *argument, int64_t worker)
     finish_streams();
 }
 
-/* Scratch: (S + 1) padded rows a thread. */
+/* Scratch: (S + 3) padded rows a thread. */
 void igva_backward(struct backward *job)
 {
     const int64_t rows = job->shape.batch * (job->shape.rows + job->prefix);

@@ -1,5 +1,7 @@
 /* What is done with one row of D channels. Rows in scratch are float32, padded to whole steps. */
 
+#include <math.h>
+
 enum { MAX_STREAMS = 8 };
 
 INLINE int64_t padded(int64_t width) { return (width + STEP - 1) / STEP * STEP; }
@@ -106,9 +108,59 @@ INLINE double dot_row(int type, const float *left, const char *right, int64_t wi
     step total = {{0}, {0}};
     FOR_STEPS(width, {
         const step a = load_scratch(left, index), b = in_order(type, load(type, right, index, count));
-        total = add(total, (step){a.low * b.low, a.high * b.high});
+        total = add(total, multiply_steps(a, b));
     });
-    double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += (double)total.low[lane] + (double)total.high[lane];
-    return sum;
+    return sum_lanes(total);
+}
+
+/* The sum of a row in scratch, or of its products with another, in lanes whose number and order are fixed. */
+INLINE double sum_row(const float *row, const float *other, int64_t width)
+{
+    step total = {{0}, {0}};
+    for (int64_t i = 0; i < width; i += STEP) {
+        step value = load_scratch(row, i);
+        if (other) value = multiply_steps(value, load_scratch(other, i));
+        total = add(total, value);
+    }
+    return sum_lanes(total);
+}
+
+/* ---- norms without parameters over the channels of a row -------------------------------------------------------------- */
+
+enum { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
+
+struct norm {
+    int64_t kind;
+    double eps;
+};
+
+/* A row in scratch, normalised where it lies; returns the factor, 1 / sqrt(variance + eps). Its padding becomes zero. */
+static float normalise_row(struct norm norm, float *row, int64_t width)
+{
+    for (int64_t i = width; i < padded(width); i++) row[i] = 0;
+    if (norm.kind == LAYER_NORM) {
+        const floats mean = splat((float)(sum_row(row, NULL, width) / (double)width));
+        for (int64_t i = 0; i < width; i += STEP) {
+            const step value = load_scratch(row, i);
+            store_scratch(row, i, (step){value.low - mean, value.high - mean});
+        }
+        for (int64_t i = width; i < padded(width); i++) row[i] = 0;
+    }
+    const double squares = sum_row(row, row, width);
+    const float factor = (float)(1.0 / sqrt(squares / (double)width + norm.eps));
+    add_scaled(row, row, factor, width, 1);
+    return factor;
+}
+
+/* The vector-Jacobian product of a norm: ``grad`` becomes the gradient of ``value``, which becomes normalised. */
+static void norm_gradient_row(struct norm norm, float *grad, float *value, int64_t width)
+{
+    const floats factor = splat(normalise_row(norm, value, width));
+    const floats slope = splat((float)(sum_row(grad, value, width) / (double)width));
+    const floats mean = splat(norm.kind == LAYER_NORM ? (float)(sum_row(grad, NULL, width) / (double)width) : 0.0f);
+    for (int64_t i = 0; i < width; i += STEP) {
+        const step g = load_scratch(grad, i), v = load_scratch(value, i);
+        store_scratch(grad, i, (step){(g.low - v.low * slope - mean) * factor, (g.high - v.high * slope - mean) * factor});
+    }
+    for (int64_t i = width; i < padded(width); i++) grad[i] = 0;
 }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
-from ctypes import Structure, c_float, c_int64, c_void_p
+from collections.abc import Sequence, Sized
+from ctypes import Structure, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from igva_kernels.program import PLAIN, CopySlot, MixProgram
+from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types and their numbers in mix.c."""
@@ -38,6 +38,12 @@ class Map(Structure):
     _fields_ = (("data", c_void_p), ("image_stride", c_int64), ("row_stride", c_int64))
 
 
+class NormOfRow(Structure):
+    """``struct norm``."""
+
+    _fields_ = (("kind", c_int64), ("eps", c_double))
+
+
 class Groups(Structure):
     """``struct groups``."""
 
@@ -45,6 +51,7 @@ class Groups(Structure):
         ("count", c_int64),
         ("member_start", c_void_p),
         ("member", c_void_p),
+        ("norm", c_void_p),
         ("use_start", c_void_p),
         ("use_slot", c_void_p),
         ("use_column", c_void_p),
@@ -56,10 +63,14 @@ class Classes(Structure):
 
     _fields_ = (
         ("count", c_int64),
+        ("part_start", c_void_p),
+        ("norm", c_void_p),
         ("term_start", c_void_p),
         ("term_slot", c_void_p),
         ("term_column", c_void_p),
         ("term_scale", c_void_p),
+        ("sources", c_void_p),
+        ("source_type", c_int64),
     )
 
 
@@ -153,7 +164,7 @@ class ForwardLayout:
         self.num_slots = len(slots)
         self.num_mixed = sum(not isinstance(slot, CopySlot) for slot in slots)
         self.members = tuple(sorted({source for group in program.groups for source in group}))
-        self.groups, self._group_arrays = _groups(program.groups, [] if only_means else _uses(program))
+        self.groups, self._group_arrays = _groups(program.groups, program.norms, [] if only_means else _uses(program))
         copies = [(slot.source, s) for s, slot in enumerate(slots) if isinstance(slot, CopySlot)]
         after: list[list[tuple[int, int]]] = [[] for _ in range(len(program.groups) + 1)]
         for source, slot in copies:  # right after the first group that reads the source
@@ -179,26 +190,37 @@ class BackwardLayout:
     ) -> None:
         uses = _uses(program)
         weighted = range(program.num_weighted_groups if needs_weights else 0)
-        members = [(g,) if from_means else program.groups[g] for g in weighted]
-        self.groups, self._group_arrays = _groups(members, [[use for use in uses[g] if use[1] != PLAIN] for g in weighted])
-        terms: list[list[tuple[int, int, float]]] = []
+        self.groups, self._group_arrays = _groups(
+            [(g,) if from_means else program.groups[g] for g in weighted],
+            [None if from_means else program.norms[g] for g in weighted],
+            [[use for use in uses[g] if use[1] != PLAIN] for g in weighted],
+        )
+        parts: list[dict[Norm | None, list[tuple[int, int, float]]]] = []
         for copy_slots, groups in program.gradient_classes if needs_states else ():
-            if of_means:
-                terms.append([(g, PLAIN, 1.0 / len(program.groups[g])) for g in groups])
-            else:
-                terms.append([(s, column, 1.0 / len(program.groups[g])) for g in groups for s, column in uses[g]])
-                terms[-1] += [(s, PLAIN, 1.0) for s in copy_slots]
-        flat = [term for terms_of_class in terms for term in terms_of_class]
-        self._class_arrays = (
-            integers(_starts(terms)),
+            terms_of_norm: dict[Norm | None, list[tuple[int, int, float]]] = {None: []}  # the part without a norm comes first
+            for g in groups:
+                used = [(g, PLAIN)] if of_means else uses[g]
+                terms = terms_of_norm.setdefault(program.norms[g], [])
+                terms += [(slot, column, 1.0 / len(program.groups[g])) for slot, column in used]
+            terms_of_norm[None] += [] if of_means else [(slot, PLAIN, 1.0) for slot in copy_slots]
+            parts.append(terms_of_norm)
+        in_parts = [terms for terms_of_norm in parts for terms in terms_of_norm.values()]
+        flat = [term for terms in in_parts for term in terms]
+        self._class_arrays: tuple[ctypes.Array, ...] = (
+            integers(_starts(parts)),
+            _norms([norm for terms_of_norm in parts for norm in terms_of_norm]),
+            integers(_starts(in_parts)),
             integers([slot for slot, _, _ in flat]),
             integers([column for _, column, _ in flat]),
             (c_float * max(1, len(flat)))(*(scale for _, _, scale in flat)),
         )
-        self.classes = Classes(len(terms), *(ctypes.addressof(array) for array in self._class_arrays))
+        self.class_addresses = tuple(ctypes.addressof(values) for values in self._class_arrays)
         self.num_slots = len(program.groups) if of_means else len(program.slots)
         read = {slot for slot, _, _ in flat} | {s for g in weighted for s, column in uses[g] if column != PLAIN}
         self.needed = integers([s in read for s in range(self.num_slots)])
+        # Only where there are norms do the gradients depend on the states: each class then has a source to look at.
+        classes = range(len(parts)) if program.has_norms else ()
+        self.class_sources = tuple(program.class_of_source.index(c) for c in classes)
 
 
 @lru_cache(maxsize=1024)
@@ -230,21 +252,28 @@ def _uses(program: MixProgram) -> list[list[tuple[int, int]]]:
 
 
 def _groups(
-    members: Sequence[Sequence[int]], uses: Sequence[Sequence[tuple[int, int]]]
-) -> tuple[Groups, tuple[ctypes.Array[c_int64], ...]]:
+    members: Sequence[Sequence[int]], norms: Sequence[Norm | None], uses: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Groups, tuple[ctypes.Array, ...]]:
     """``struct groups``, and the arrays to which it points."""
     uses = uses or [[] for _ in members]
     arrays = (
         integers(_starts(members)),
         integers([source for group in members for source in group]),
+        _norms(norms),
         integers(_starts(uses)),
         integers([slot for used in uses for slot, _ in used]),
         integers([column for used in uses for _, column in used]),
     )
-    return Groups(len(members), *(ctypes.addressof(array) for array in arrays)), arrays
+    return Groups(len(members), *(ctypes.addressof(values) for values in arrays)), arrays
 
 
-def _starts(lists: Sequence[Sequence[object]]) -> list[int]:
+def _norms(norms: Sequence[Norm | None]) -> ctypes.Array[NormOfRow]:
+    kinds = {"layer": 1, "rms": 2}
+    structs = [NormOfRow(0, 0.0) if norm is None else NormOfRow(kinds[norm.kind], norm.eps) for norm in norms]
+    return (NormOfRow * max(1, len(norms)))(*structs)
+
+
+def _starts(lists: Sequence[Sized]) -> list[int]:
     """Where each list begins when they are laid end to end, and where the last one ends."""
     starts = [0]
     for values in lists:

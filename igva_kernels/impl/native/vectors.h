@@ -33,6 +33,15 @@ INLINE step add(step a, step b) { return (step){a.low + b.low, a.high + b.high};
 
 INLINE step multiply(step a, floats factor) { return (step){a.low * factor, a.high * factor}; }
 
+INLINE step multiply_steps(step a, step b) { return (step){a.low * b.low, a.high * b.high}; }
+
+INLINE double sum_lanes(step value)
+{
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += (double)value.low[lane] + (double)value.high[lane];
+    return sum;
+}
+
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
