@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Groups = Sequence[Sequence[int]]
@@ -103,3 +104,26 @@ class _OfficialBlock(nn.Module):
         attended, _ = self.cross_attention(query, keys, keys)
         query = self.norm1(attended + query)
         return self.norm2(self.ffn(query) + query)
+
+
+def grid_sample_deformable_attention(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Multi-scale deformable attention by ``grid_sample``, one call a level: Deformable DETR's ``ms_deform_attn_core_pytorch``,
+    which MMFuser (yuecao0119/MMFuser, ``ms_deform_attn_func.py``) and transformers run where the CUDA extension is absent.
+
+    Shapes: value (B, S, H, C), sampling_locations (B, Q, H, L, P, 2), attention_weights (B, Q, H, L, P) -> (B, Q, H*C).
+    """
+    batch, _, heads, width = value.shape
+    _, queries, _, levels, points, _ = sampling_locations.shape
+    grids = 2 * sampling_locations - 1
+    sampled = []
+    for level, (part, (height, breadth)) in enumerate(
+        zip(value.split([height * breadth for height, breadth in spatial_shapes], dim=1), spatial_shapes, strict=True)
+    ):
+        maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, breadth)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B*H, Q, P, 2)
+        sampled.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
+    mixed = (torch.stack(sampled, dim=-2).flatten(-2) * weights).sum(-1)  # (B*H, C, Q)
+    return mixed.view(batch, heads * width, queries).transpose(1, 2).contiguous()

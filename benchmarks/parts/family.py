@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from igva_kernels import FusionPlan, SparseWeights, fuse
+from igva_kernels.deformable import multi_scale_deformable_attention
 
 from ..context import Context
 from ..family import (
@@ -21,7 +22,7 @@ from ..family import (
     make_weights,
     mix_traffic,
 )
-from ..peers import compiled
+from ..peers import compiled, grid_sample_deformable_attention
 from ..sizes import CLIP_L_336, TINY, Tower
 from ..timing import Closure
 from ..variants import BASELINE, measure_variants, require_close, sets_for
@@ -30,7 +31,7 @@ MEASURES = """\
 DenseConnector's SCI and DCI, s3prl's weighted sum with and without its norm, ScalarMix, TGIF, MoL's top-k weights per token,
 the mean of normalised layers: forward, and forward + backward of what is trained, CLIP-L/14-336 in bfloat16 at B = 16,
 against the authors' formulation in eager torch and torch.compile of it; the mix of attention residuals against
-flash-linear-attention's and Liger's kernels, where these are installed."""
+flash-linear-attention's and Liger's kernels, where these are installed; MMFuser's deformable attention against grid_sample."""
 
 OURS, COMPILE = "igva_kernels", "torch.compile"
 SEED = 20261123
@@ -44,6 +45,8 @@ def run_part(context: Context) -> None:
     for mix in MIXES:
         for mode in mix.modes:
             measure_mix(context, mix, tower, batch, mode)
+    for mode in ("forward", "trainable"):
+        measure_deformable_attention(context, batch, mode)
 
 
 def measure_mix(context: Context, mix: Mix, tower: Tower, batch: int, mode: str) -> None:
@@ -131,6 +134,64 @@ def differentiate(
         leaves += states
     grads = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
     return [out, *(grad for grad in grads if grad is not None)]
+
+
+# ---- deformable attention -------------------------------------------------------------------------------------------------
+
+
+def measure_deformable_attention(context: Context, batch: int, mode: str) -> None:
+    """MMFuser's cross-attention: 576 queries into four maps of 24 x 24, 16 heads of 64 channels, 4 points.
+
+    Values, locations and weights are float32 on both sides: the released code casts them.
+    """
+    side, heads, width = (3, 2, 8) if context.tiny else (24, 16, 64)
+    levels, points, queries = 4, 4, side * side
+    spatial_shapes = ((side, side),) * levels
+
+    def make(seed: int) -> list[Tensor]:
+        generator = torch.Generator(device=context.device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=context.device)
+
+        # in cell coordinates, a few cells outside too, and never so near to a cell's edge that rounding decides about the cell:
+        # the gradient of a location jumps there
+        shape = (batch, queries, heads, levels, points, 2)
+        cells = torch.randint(-2, side + 1, shape, generator=generator, device=context.device)
+        inside = torch.rand(shape, generator=generator, device=context.device)
+        locations = (cells + 0.05 + 0.9 * inside + 0.5) / side
+        weights = normal(batch, queries, heads, levels * points).softmax(-1).view(batch, queries, heads, levels, points)
+        tensors = [normal(batch, levels * queries, heads, width), locations, weights]
+        return [tensor.requires_grad_(mode == "trainable") for tensor in tensors] + [normal(batch, queries, heads * width)]
+
+    def call(
+        function: Callable[..., Tensor], value: Tensor, locations: Tensor, weights: Tensor, grad_out: Tensor
+    ) -> list[Tensor]:
+        if mode == "forward":
+            with torch.no_grad():
+                return [function(value, spatial_shapes, locations, weights)]
+        out = function(value, spatial_shapes, locations, weights)
+        return [out, *torch.autograd.grad(out, (value, locations, weights), grad_out)]
+
+    functions = {OURS: multi_scale_deformable_attention, BASELINE: grid_sample_deformable_attention}
+    sets: list[list[Tensor]] = []
+
+    def prepare(name: str) -> list[Closure]:
+        if not sets:
+            sets.extend(make(SEED + index) for index in range(sets_for(context, 4 * batch * levels * queries * heads * width)))
+        wide = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in sets[0]]
+        results = (call(functions[name], *sets[0]), call(functions[BASELINE], *sets[0]), call(functions[BASELINE], *wide))
+        for position, tensors in enumerate(zip(*results, strict=True)):
+            require_close(f"result {position}", *tensors, slack=64)  # a gradient of a value is a sum over all who looked there
+        return [partial(call, functions[name], *inputs) for inputs in sets]
+
+    measure_variants(
+        context,
+        f"deformable attention, {mode}, {levels} maps of {side} x {side} B={batch}",
+        {"tower": f"{levels} x {side} x {side}", "batch": batch, "dtype": "float32", "operation": "mix"}
+        | {"mix": "deformable attention", "mode": mode},
+        {name: partial(prepare, name) for name in functions},
+    )
 
 
 # ---- attention residuals --------------------------------------------------------------------------------------------------
