@@ -20,8 +20,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             max_layers=5,
             max_image_bytes=6144,
             max_rows=8,
-            sharings=SHARINGS[:3],
-            norms=False,
             truncates=True,
         )
     }
