@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["igva_kernels", "igva_kernels.*", "model", "model.*"]),
     package_data={
-        "igva_kernels": ["impl/native/*.c"],
+        "igva_kernels": ["impl/native/*.[ch]"],
         "model": ["recipes/*.yaml", "quickstart/requirements.txt", "quickstart/sprites/*"],
     },
     install_requires=["torch>=2.11", "numpy"],
