@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from igva_kernels import GroupMeans
 from igva_kernels.modules import IGVAFusion, WeightAllocator
+from igva_kernels.towers import ReduceAt, stream_group_means
 
 from ..context import Context
 from ..peers import OfficialAllocator, official_fuse, official_summaries
@@ -19,7 +22,8 @@ from ..variants import BASELINE, measure_variants, require_close
 
 MEASURES = """\
 CLIP-L/14-336 with random weights in bfloat16 (no download), its fusion, the allocator and a two-layer projector to 4096
-channels, B = 1 and 16: with igva_kernels, with the official eager formulation, and LLaVA-1.5's side (one layer, no fusion);
+channels, B = 1 and 16: with igva_kernels, from the tuple of hidden states and from a tower that runs layer by layer (reducing at
+the end of each group, or after each layer), with the official eager formulation, and LLaVA-1.5's side (one layer, no fusion);
 device time, host time, peak memory, latency, and a CUDA graph of the whole side at B = 1."""
 
 SEED = 20261123
@@ -56,17 +60,19 @@ def measure_vision(context: Context, batch: int) -> None:
             parts["embeds"] = torch.randn(batch, text_dim, device=context.device, dtype=dtype)
         return parts
 
-    def prepare(side: Callable[[dict, Tower, Sequence[Tensor]], Tensor]) -> list[Closure]:
+    def prepare(side: Callable[[dict, Tower, Any], Tensor], run_tower: Callable[[dict], Any] | None = None) -> list[Closure]:
         made = build()
+        run = hidden_states if run_tower is None else run_tower
         with torch.no_grad():
             states = hidden_states(made)
             if side is not llava_side:
                 exact = exact_fused(made, tower, states)
-                require_close("fused map", side(made, tower, states), official_side(made, tower, states), exact)
+                require_close("fused map", side(made, tower, run(made)), official_side(made, tower, states), exact)
+            del states
 
         def call() -> Tensor:
             with torch.no_grad():
-                fused = side(made, tower, hidden_states(made))
+                fused = side(made, tower, run(made))
                 return made["llava_projector" if side is llava_side else "projector"](fused)
 
         return [call]
@@ -77,6 +83,8 @@ def measure_vision(context: Context, batch: int) -> None:
         {"tower": tower.name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "llm_dim": llm_dim},
         {
             "igva_kernels": partial(prepare, igva_side),
+            "streaming, by group": partial(prepare, igva_side, partial(group_means, tower, "group")),
+            "streaming, by layer": partial(prepare, igva_side, partial(group_means, tower, "layer")),
             BASELINE: partial(prepare, official_side),
             "LLaVA-1.5": partial(prepare, llava_side),
         },
@@ -113,7 +121,11 @@ def hidden_states(parts: dict) -> tuple[Tensor, ...]:
     return parts["tower"](parts["pixels"], output_hidden_states=True).hidden_states
 
 
-def igva_side(parts: dict, tower: Tower, states: Sequence[Tensor]) -> Tensor:
+def group_means(tower: Tower, reduce_at: ReduceAt, parts: dict) -> GroupMeans:
+    return stream_group_means(parts["tower"], parts["pixels"], tower.plan(), reduce_at=reduce_at)
+
+
+def igva_side(parts: dict, tower: Tower, states: Sequence[Tensor] | GroupMeans) -> Tensor:
     fused, _ = parts["fusion"](states, parts["embeds"], num_prefix_tokens=tower.num_prefix_tokens)
     return fused
 
