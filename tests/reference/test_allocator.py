@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from igva_kernels import FusionPlan, fuse
+from igva_kernels.allocator_layout import AllocatorSizes, first_parameter, row_matrix
 from igva_kernels.modules import IGVAFusion, WeightAllocator
 
 SMALL = {"num_groups": 2, "vision_dim": 8, "text_dim": 6, "hidden_dim": 12, "num_blocks": 2, "num_heads": 3}
@@ -59,6 +60,33 @@ def test_bad_sizes_are_refused(sizes, words):
     with pytest.raises(ValueError) as error:
         WeightAllocator(**{**SMALL, **sizes})
     assert all(word in str(error.value) for word in words)
+
+
+def test_auto_is_the_stock_modules_on_a_cpu_and_an_unknown_impl_is_refused():
+    auto, stock = WeightAllocator(**SMALL), WeightAllocator(**SMALL, impl="torch")
+    stock.load_state_dict(auto.state_dict())
+    summaries, embeds = torch.randn(3, 2, 8), torch.randn(3, 6)
+    assert torch.equal(auto(summaries, embeds), stock(summaries, embeds))
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'torch', got 'cuda'"):
+        WeightAllocator(**SMALL, impl="cuda")
+    with pytest.raises(ValueError, match=r'impl="triton" cannot run this allocator: .*impl="auto" or "torch"'):
+        WeightAllocator(**SMALL, impl="triton")(summaries, embeds)
+
+
+def test_the_layout_of_the_kernels_is_that_of_the_parameters():
+    """Sizes read from shapes, shapes in the order of the parameters, offsets that tile a flat buffer of all of them."""
+    allocator = WeightAllocator(**SMALL)
+    parameters = allocator._parameters_in_order()
+    sizes = AllocatorSizes.of(parameters, num_heads=3)
+    assert sizes == allocator.sizes == AllocatorSizes(**SMALL)
+    assert sizes.parameter_shapes == tuple(tuple(parameter.shape) for parameter in parameters)
+    assert {id(parameter) for parameter in parameters} == {id(parameter) for parameter in allocator.parameters()}
+    numels = [parameter.numel() for parameter in parameters]
+    assert sizes.parameter_offsets == tuple(sum(numels[:i]) for i in range(len(numels) + 1))
+    for block, module in enumerate(allocator.transformers):
+        assert parameters[first_parameter(block)] is module.cross_attention.in_proj_weight
+    assert row_matrix(1, "query") - row_matrix(0, "query") == row_matrix(0, "normalised2") - row_matrix(-1, "normalised2")
+    assert row_matrix(-1, "normalised2") == 0 and row_matrix(1, "normalised2") == sizes.num_row_matrices - 1
 
 
 def test_inputs_that_do_not_fit_are_refused():
