@@ -75,6 +75,11 @@ class MMFuserFusion(nn.Module):
         self.self_attn = DeformableAttention(vision_dim, 1, num_heads, num_points, impl=impl, deterministic=deterministic)
         self.self_scale = nn.Parameter(torch.zeros(vision_dim))
 
+    def reset_parameters(self) -> None:
+        """The released code's initial values of the scales; the attentions and norms reset theirs themselves."""
+        nn.init.zeros_(self.cross_scale)
+        nn.init.zeros_(self.self_scale)
+
     def forward(
         self, hidden_states: Sequence[Tensor | None], *, num_prefix_tokens: int, grid: tuple[int, int] | None = None
     ) -> Tensor:
@@ -132,7 +137,7 @@ class MMFuserFusion(nn.Module):
                 f"{self.num_layers + 1} (h_0, the embedding output, to h_{self.num_layers}); make the fusion with the tower's "
                 "num_hidden_layers as num_layers"
             )
-        states = []
+        states: list[Tensor] = []
         for layer in self.layers:
             state = hidden_states[layer]
             if state is None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from igva_kernels.impl.deformable_reference import accumulation_dtype
-from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, corner_rows, locate
+from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, corner_rows, extent_of, extents_of, locate
 from igva_kernels.impl.triton.launch import accumulator_of, device_of
 
 
@@ -38,7 +38,7 @@ def _product_with_corner(
     return tl.sum(tl.load(cells + offsets, mask=mask, other=0.0).to(ACC) * grad, axis=1)
 
 
-@triton.jit(do_not_specialize=["locations", "weights", "heights", "widths", "num_queries", "num_cells"])
+@triton.jit(do_not_specialize=["locations", "weights", "num_queries", "num_cells"])
 def attention_backward_kernel(
     grad_out,  # *[B, Q, H, C]
     value,  # *[B, S, H, C]
@@ -47,7 +47,7 @@ def attention_backward_kernel(
     grad_value,  # *[B, S, H, C] in ACC, zero; None if it is not wanted here
     grad_locations,  # *[B, Q, H, L, P, 2]; None if not wanted
     grad_weights,  # *[B, Q, H, L, P]; None if not wanted
-    heights,  # L x H_l
+    heights,  # L x H_l, floats: see extents_of
     widths,  # L x W_l
     num_queries,  # Q
     num_cells,  # S
@@ -76,7 +76,7 @@ def attention_backward_kernel(
 
     first_cell = (image * num_cells * HEADS + head) * CHANNELS
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height, width = extent_of(heights, widths, level)
         cells = value + first_cell
         grad_cells = grad_value
         if grad_value is not None:
@@ -151,8 +151,7 @@ def launch_attention_backward(
             grad_value,
             grad_locations,
             grad_weights,
-            tuple(height for height, _ in spatial_shapes),
-            tuple(width for _, width in spatial_shapes),
+            *extents_of(spatial_shapes),
             num_queries,
             num_cells,
             HEADS=heads,

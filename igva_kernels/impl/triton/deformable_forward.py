@@ -9,19 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from igva_kernels.impl.deformable_reference import accumulation_dtype
-from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, corner_rows, locate
+from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, corner_rows, extent_of, extents_of, locate
 from igva_kernels.impl.triton.launch import accumulator_of, device_of
 
 
 # The images of a detector differ in size, and no instruction gets better by knowing one. What is left to specialise on is
 # the alignment of value and output.
-@triton.jit(do_not_specialize=["locations", "weights", "heights", "widths", "num_queries", "num_cells"])
+@triton.jit(do_not_specialize=["locations", "weights", "num_queries", "num_cells"])
 def attention_forward_kernel(
     value,  # *[B, S, H, C]
     locations,  # *[B, Q, H, L, P, 2]
     weights,  # *[B, Q, H, L, P]
     out,  # *[B, Q, H, C]
-    heights,  # L x H_l
+    heights,  # L x H_l, floats: see extents_of
     widths,  # L x W_l
     num_queries,  # Q
     num_cells,  # S
@@ -49,7 +49,7 @@ def attention_forward_kernel(
 
     total = tl.zeros((ROWS, BLOCK), dtype=ACC)
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height, width = extent_of(heights, widths, level)
         for point in range(POINTS):
             sample = rows * (LEVELS * POINTS) + (level * POINTS + point)  # [ROWS]
             x, y, inside = locate(locations, sample, exists, height, width, ACC)
@@ -92,8 +92,7 @@ def launch_attention_forward(
             locations,
             weights,
             out,
-            tuple(height for height, _ in spatial_shapes),
-            tuple(width for _, width in spatial_shapes),
+            *extents_of(spatial_shapes),
             num_queries,
             num_cells,
             HEADS=heads,

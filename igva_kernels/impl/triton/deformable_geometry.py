@@ -6,6 +6,7 @@ between the centres of the cells, which stand at the integers; cells beyond the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,21 @@ def attention_tile(channels: int, dtype: torch.dtype) -> AttentionTile:
     block = triton.next_power_of_2(channels)
     rows = max(1, THREADS * vec // block)
     return AttentionTile(rows, block, vec, warps_of(min(rows * block // vec, MAX_THREADS)))
+
+
+def extents_of(spatial_shapes: Sequence[tuple[int, int]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The heights and the widths of the levels as floats, exact up to 2**24.
+
+    Triton compiles anew for an integer that is 1 or a multiple of 16, and inside of a tuple it does so whatever
+    ``do_not_specialize`` says; the images of a detector differ in size.
+    """
+    return tuple(float(height) for height, _ in spatial_shapes), tuple(float(width) for _, width in spatial_shapes)
+
+
+@triton.jit
+def extent_of(heights, widths, level: tl.constexpr):
+    """Height and width of a level as integers again."""
+    return tl.cast(heights[level], tl.int32), tl.cast(widths[level], tl.int32)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, locate
+from igva_kernels.impl.triton.deformable_geometry import attention_tile, channels_of, extent_of, extents_of, locate
 from igva_kernels.impl.triton.launch import THREADS, accumulator_of, device_of, warps_of
 
 SAMPLES = 4
@@ -27,11 +27,11 @@ def num_bases(spatial_shapes: Sequence[tuple[int, int]]) -> int:
     return sum((height + 1) * (width + 1) for height, width in spatial_shapes)
 
 
-@triton.jit(do_not_specialize=["locations", "heights", "widths", "num_samples", "bases"])
+@triton.jit(do_not_specialize=["locations", "num_samples", "bases"])
 def sort_keys_kernel(
     locations,  # *[B, Q, H, L, P, 2]
     keys,  # *[B, Q, H, L, P]
-    heights,  # L x H_l
+    heights,  # L x H_l, floats: see extents_of
     widths,  # L x W_l
     num_samples,  # of one image
     bases,  # of one head
@@ -52,10 +52,11 @@ def sort_keys_kernel(
     height, width = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     first, passed = tl.zeros((BLOCK,), tl.int32), 0
     for level in tl.static_range(LEVELS):
-        height = tl.where(level_of == level, heights[level], height)
-        width = tl.where(level_of == level, widths[level], width)
+        level_height, level_width = extent_of(heights, widths, level)
+        height = tl.where(level_of == level, level_height, height)
+        width = tl.where(level_of == level, level_width, width)
         first = tl.where(level_of == level, passed, first)
-        passed += (heights[level] + 1) * (widths[level] + 1)
+        passed += (level_height + 1) * (level_width + 1)
 
     x, y, inside = locate(locations + image * num_samples * 2, samples, exists, height, width, ACC)
     row, column = tl.floor(y).to(tl.int32), tl.floor(x).to(tl.int32)
@@ -64,7 +65,7 @@ def sort_keys_kernel(
     tl.store(keys + image * num_samples + samples, tl.where(inside, base, last).to(tl.int32), mask=exists)
 
 
-@triton.jit(do_not_specialize=["locations", "weights", "order", "starts", "heights", "widths", "num_cells", "bases"])
+@triton.jit(do_not_specialize=["locations", "weights", "order", "starts", "num_cells", "bases"])
 def value_gradient_kernel(
     grad_out,  # *[B, Q, H, C]
     locations,  # *[B, Q, H, L, P, 2]
@@ -72,7 +73,7 @@ def value_gradient_kernel(
     order,  # *[B*Q*H*L*P], the samples sorted by base
     starts,  # *[B*H*bases + 1], where those of each base begin
     grad_value,  # *[B, S, H, C]
-    heights,  # L x H_l
+    heights,  # L x H_l, floats: see extents_of
     widths,  # L x W_l
     num_cells,  # S
     bases,  # of one head
@@ -94,15 +95,16 @@ def value_gradient_kernel(
     exists = cells < num_cells
     channels, in_head = channels_of(CHANNELS, BLOCK, VEC)  # [BLOCK]
 
-    height, width = tl.zeros((CELLS,), tl.int32) + heights[0], tl.zeros((CELLS,), tl.int32) + widths[0]
+    height, width = tl.zeros((CELLS,), tl.int32), tl.zeros((CELLS,), tl.int32)
     first_cell, first_base = tl.zeros((CELLS,), tl.int32), tl.zeros((CELLS,), tl.int32)
-    passed_cells, passed_bases = heights[0] * widths[0], (heights[0] + 1) * (widths[0] + 1)
-    for level in tl.static_range(1, LEVELS):
+    passed_cells, passed_bases = 0, 0
+    for level in tl.static_range(LEVELS):
+        level_height, level_width = extent_of(heights, widths, level)
         beyond = cells >= passed_cells
-        height, width = tl.where(beyond, heights[level], height), tl.where(beyond, widths[level], width)
+        height, width = tl.where(beyond, level_height, height), tl.where(beyond, level_width, width)
         first_cell, first_base = tl.where(beyond, passed_cells, first_cell), tl.where(beyond, passed_bases, first_base)
-        passed_cells += heights[level] * widths[level]
-        passed_bases += (heights[level] + 1) * (widths[level] + 1)
+        passed_cells += level_height * level_width
+        passed_bases += (level_height + 1) * (level_width + 1)
     row, column = (cells - first_cell) // width, (cells - first_cell) % width
     base = (image * HEADS + head) * bases + first_base + row * (width + 1) + column  # [CELLS], of the cell's upper left
 
@@ -150,7 +152,7 @@ def launch_value_gradient(
         grad_value.zero_()
         return
     points, bases = locations.shape[4], num_bases(spatial_shapes)
-    heights, widths = tuple(height for height, _ in spatial_shapes), tuple(width for _, width in spatial_shapes)
+    heights, widths = extents_of(spatial_shapes)
     num_samples = weights[0].numel()
     keys = weights.new_empty(weights.shape, dtype=torch.int32)
     tile = attention_tile(channels, grad_out.dtype)
