@@ -23,8 +23,8 @@ from ..variants import BASELINE, measure_variants, require_close
 MEASURES = """\
 CLIP-L/14-336 with random weights in bfloat16 (no download), its fusion, the allocator and a two-layer projector to 4096
 channels, B = 1 and 16: with igva_kernels, from the tuple of hidden states and from a tower that runs layer by layer (reducing
-at the end of each group, or after each layer), with the official eager formulation, and LLaVA-1.5's side (one layer, no fusion);
-device time, host time, peak memory, latency, and a CUDA graph of the whole side at B = 1."""
+at the end of each group, or after each layer), with the official eager formulation, and LLaVA-1.5's side (one layer, no
+fusion); device time, host time, peak memory, latency, and a CUDA graph of the whole side at B = 1."""
 
 SEED = 20261123
 
