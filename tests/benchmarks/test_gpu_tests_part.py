@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.context import Context
-from benchmarks.parts.tests import run_tests
+from benchmarks.parts.tests import run_folder, run_tests
 
 
 def write(folder: Path, body: str) -> Path:
@@ -42,3 +42,14 @@ def test_nothing_run_on_a_gpu_is_an_error(context: Context, tmp_path: Path) -> N
     context.device = torch.device("cuda")
     with pytest.raises(RuntimeError, match="no test ran"):
         run_tests(context, folder)
+
+
+def test_files_run_one_by_one_and_a_slow_one_does_not_take_the_others_with_it(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
+    (tmp_path / "test_b.py").write_text("def test_b(): pass\ndef test_c(): pass\n")
+    run_folder(context, tmp_path)
+    assert [case["metrics"]["passed"] for case in context.recorder.document["cases"]] == [1, 2]
+    (tmp_path / "test_endless.py").write_text("import threading\ndef test_d(): threading.Event().wait(600)\n")
+    others = [tmp_path / "test_a.py", tmp_path / "test_b.py"]
+    with pytest.raises(RuntimeError, match="did not end within 5 s"):
+        run_tests(context, tmp_path, ignored=others, seconds=5)
