@@ -131,11 +131,11 @@ CASES = {
     "layers, dw and dh": Case(
         lambda k, t: _backward(k, t, dw=True, dh=True, means=False), reads=1 + 24, writes=24, sums=24, scalars=24, plan=TGIF
     ),
-    # the loads are in the code for every layer; those that a token does not name are masked off when it runs
-    "sparse, forward": Case(lambda k, t: _forward(k, t, "values"), reads=24, writes=1, scalars=2 * CHOSEN, plan=TGIF),
+    # the layers that a token names, and the one that is added as it is
+    "sparse, forward": Case(lambda k, t: _forward(k, t, "values"), reads=CHOSEN + 1, writes=1, scalars=2 * CHOSEN, plan=TGIF),
     "sparse, dw": Case(
         lambda k, t: _backward(k, t, dw=True, dh=False, means=False, weights="values"),
-        reads=1 + 24,
+        reads=1 + CHOSEN,
         writes=0,
         sums=CHOSEN,
         scalars=CHOSEN,
@@ -143,12 +143,14 @@ CASES = {
     ),
     "sparse, dw and dh": Case(
         lambda k, t: _backward(k, t, dw=True, dh=True, means=False, weights="values"),
-        reads=1 + 24,
+        reads=1 + CHOSEN,
         writes=24,
         sums=CHOSEN,
         scalars=2 * CHOSEN,
         plan=TGIF,
     ),
+    # of groups the loads are in the code for every layer; those that a token does not name are masked off when it runs
+    "sparse groups, forward": Case(lambda k, t: _forward(k, t, "values"), reads=24, writes=2, scalars=2 * CHOSEN),
     "normalised, forward": Case(lambda k, t: _forward(k, t, None), reads=24, writes=1, plan=NORMALISED),
     "normalised, dh": Case(_normalised_backward, reads=1 + 24, writes=24, plan=NORMALISED),
     "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=24, writes=4),

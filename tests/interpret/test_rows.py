@@ -17,6 +17,10 @@ BATCH, PATCHES = 2, 3
 SPARSE = FusionPlan(4, (Weighted(((1,), (2,), (3, 4), (2, 3)), plus=1),))
 # no layer is read for two reasons, so that what is not named is not read
 DISJOINT = FusionPlan(4, (Weighted(((1,), (2,), (3, 4))), Layer(0)))
+# single layers, of which the named ones are selected by their pointers
+SINGLE = FusionPlan(4, (Layer(0), Weighted(((2,), (1,), (3,), (4,)), plus=3)))
+SELECTED_AND_NORMALISED = FusionPlan(3, (Weighted(((1,), (2,), (3,)), plus=1, norm=Norm("layer")),))
+MIXES = ["overlapping", "disjoint", "single", "normalised"]
 
 
 def read_by(plan: FusionPlan, states: list[Tensor]) -> list[Tensor]:
@@ -141,7 +145,7 @@ def densified(values: Tensor, indices: Tensor, columns: int) -> Tensor:
     return torch.stack([torch.where(indices == column, values, 0).sum(-1) for column in range(columns)], dim=-1)
 
 
-@pytest.mark.parametrize("mix", [SPARSE, DISJOINT], ids=["overlapping", "disjoint"])
+@pytest.mark.parametrize("mix", [SPARSE, DISJOINT, SINGLE, SELECTED_AND_NORMALISED], ids=MIXES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("width", [40, 136])
 def test_sparse_equals_dense(kernels, mix, index_dtype, width, make_states, formula, assert_as_exact_as) -> None:
@@ -153,24 +157,41 @@ def test_sparse_equals_dense(kernels, mix, index_dtype, width, make_states, form
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_a_token_does_not_name_does_not_reach_it(kernels, poison, make_states, formula) -> None:
-    states, (values, indices) = make_states(DISJOINT, patches=PATCHES), sparse_weights(DISJOINT.num_groups, chosen=2)
-    weights = densified(values, indices, DISJOINT.num_groups)
-    exact = formula(states, DISJOINT, weights, 1)
-    for column, group in enumerate(DISJOINT.groups):
+@pytest.mark.parametrize(
+    "mix", [DISJOINT, FusionPlan(4, (Weighted(((1,), (2,), (3,), (4,))), Layer(0)))], ids=["groups", "layers"]
+)
+def test_what_a_token_does_not_name_does_not_reach_it(kernels, mix, poison, make_states, formula) -> None:
+    states, (values, indices) = make_states(mix, patches=PATCHES), sparse_weights(mix.num_groups, chosen=2)
+    weights = densified(values, indices, mix.num_groups)
+    exact = formula(states, mix, weights, 1)
+    values = values.masked_fill(indices < 0, poison)  # whatever stands beside an index that is no column
+    for column, group in enumerate(mix.groups):
         unnamed = ~(indices == column).any(-1)
         assert unnamed.any()
         for layer in group:
             states[layer][:, 1:][unnamed] = poison
-    program, sources = DISJOINT.program, read_by(DISJOINT, states)
-    out, means = kernels.fuse_forward(sources, values, program, 1, True, indices=indices)
-    torch.testing.assert_close(out, exact)
+    program, sources = mix.program, read_by(mix, states)
+    for save_means in (False, True):
+        out, means = kernels.fuse_forward(sources, values, program, 1, save_means, indices=indices)
+        torch.testing.assert_close(out, exact)
     grad_out = torch.randn_like(out)
     args = (values, program, 1, 1 + PATCHES, True)
     from_states, grad_states = kernels.fuse_backward(grad_out, sources, None, *args, True, indices=indices)
     from_means, _ = kernels.fuse_backward(grad_out, [], means, *args, False, indices=indices)
     assert from_states.isfinite().all() and all(grad.isfinite().all() for grad in grad_states)
     torch.testing.assert_close(from_means, from_states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_sparse_mix_of_float32_means_gives_the_bits_of_one_step(kernels, dtype, make_states) -> None:
+    """In one step of groups the columns are masked, in two steps their means are selected: the order is the same."""
+    plan = FusionPlan(6, (Weighted(((1, 2), (3,), (4, 5), (6,)), plus=-2),))
+    program, sources = plan.program, read_by(plan, make_states(plan, patches=PATCHES, dtype=dtype))
+    values, indices = sparse_weights(4)
+    one, _ = kernels.fuse_forward(sources, values, program, 1, False, indices=indices)
+    means = kernels.reduce_forward(sources, program, 1, dtype=torch.float32)
+    two, _ = kernels.fuse_forward(means.unbind(0), values, plan.mix_program, 0, False, indices=indices, dtype=dtype)
+    assert torch.equal(one, two)
 
 
 def test_an_infinite_layer_of_another_group(kernels, make_states) -> None:
@@ -184,7 +205,7 @@ def test_an_infinite_layer_of_another_group(kernels, make_states) -> None:
     assert (out == float("inf")).all()
 
 
-@pytest.mark.parametrize("mix", [SPARSE, DISJOINT], ids=["overlapping", "disjoint"])
+@pytest.mark.parametrize("mix", [SPARSE, DISJOINT, SINGLE, SELECTED_AND_NORMALISED], ids=MIXES)
 @pytest.mark.parametrize("needs_states", [False, True])
 def test_gradients_of_sparse_weights(kernels, mix, needs_states, make_states, formula_gradients, assert_as_exact_as) -> None:
     states, (values, indices) = make_states(mix, patches=PATCHES, width=136), sparse_weights(mix.num_groups)

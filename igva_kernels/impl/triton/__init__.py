@@ -34,9 +34,11 @@ from igva_kernels.impl.triton.row_backward import launch_row_backward
 from igva_kernels.impl.triton.row_forward import launch_row_forward
 from igva_kernels.impl.triton.schedule import (
     Schedule,
+    Selection,
     gradient_schedule,
     means_schedule,
     mix_schedule,
+    selection,
     summary_schedule,
 )
 from igva_kernels.impl.triton.support import MAX_IMAGE_ELEMENTS, check_supported
@@ -78,12 +80,13 @@ def fuse_forward(
     means = None
     if save_means:
         means = states[0].new_empty(program.num_weighted_groups, batch, num_patches, width, dtype=dtype)
-    _launch_forward(states, mix_schedule(program), weights, indices, out, means, num_patches, num_prefix_tokens)
+    _launch_forward(states, program, mix_schedule(program), weights, indices, out, means, num_patches, num_prefix_tokens)
     return out, out.new_empty(0) if means is None else means
 
 
 def _launch_forward(
     states: Sequence[Tensor],
+    program: MixProgram,
     schedule: Schedule,
     weights: Tensor | None,
     indices: Tensor | None,
@@ -111,10 +114,19 @@ def _launch_forward(
         None if indices is None else indices.contiguous(),
         out,
         means,
+        selected=_selection(program, streams, indices) if means is None else None,
         tile=row_tile(vec, width, accumulation_of(*(state.dtype for state in states)), held),
         num_rows=num_rows,
         first_row=first_row,
     )
+
+
+def _selection(program: MixProgram, streams: Streams, indices: Tensor | None) -> Selection | None:
+    """How sparse weights select the rows that they name: pointers of one type, at one offset."""
+    selected = None if indices is None else selection(program)
+    if selected is None or len(streams.batch_strides) > 1:
+        return None
+    return selected if len({streams.states[source].dtype for source in selected.sources}) == 1 else None
 
 
 def fuse_backward(
@@ -143,6 +155,7 @@ def fuse_backward(
     partials = _launch_backward(
         grad_out,
         (stride_over(grad_out, 0) // vec, width // vec, stride_over(grad_out, 1) // vec),
+        program,
         schedule,
         weights,
         indices,
@@ -169,6 +182,7 @@ def fuse_backward(
 def _launch_backward(
     grad_out: Tensor,
     grad_strides: tuple[int, int, int],
+    program: MixProgram,
     schedule: Schedule,
     weights: Tensor | None,
     indices: Tensor | None,
@@ -212,7 +226,21 @@ def _launch_backward(
     }
     if rows:
         indices = None if indices is None else indices.contiguous()
-        launch_row_backward(grad_out, grad_strides, schedule, weights, indices, streams, means, partials, grad_states, **shape)
+        # where a norm's gradient is wanted, the rows of all layers are at hand
+        selects = needs_weights and means is None and not (schedule.has_norms and grad_states is not None)
+        launch_row_backward(
+            grad_out,
+            grad_strides,
+            schedule,
+            weights,
+            indices,
+            streams,
+            means,
+            partials,
+            grad_states,
+            selected=_selection(program, streams, indices) if selects else None,
+            **shape,
+        )
     else:
         launch_mix_backward(grad_out, grad_strides, schedule, weights, streams, means, partials, grad_states, **shape)
     return partials
@@ -227,7 +255,7 @@ def reduce_forward(
     dtype = states[0].dtype if dtype is None else dtype
     means = states[0].new_empty(len(program.groups), batch, num_patches, width, dtype=dtype)
     if means.numel():
-        _launch_forward(states, means_schedule(program), None, None, None, means, num_patches, num_prefix_tokens)
+        _launch_forward(states, program, means_schedule(program), None, None, None, means, num_patches, num_prefix_tokens)
     return means
 
 
@@ -252,6 +280,7 @@ def reduce_backward(
     _launch_backward(
         _aligned(grad_means.contiguous()),
         (num_patches * row, batch * num_patches * row, row),  # (G, B, N, D) over image, group, row
+        program,
         schedule,
         None,
         None,
@@ -308,6 +337,7 @@ def summaries_backward(
     _launch_backward(
         _aligned(grad.contiguous()),
         (num_columns * row, row, 0),  # (B, K, D) over image, column, and the same row for every patch
+        program,
         summary_schedule(program),
         None,
         None,

@@ -23,6 +23,7 @@ from igva_kernels.impl.triton.row_tiles import (
     load_columns,
     load_row,
     load_row_weights,
+    load_selected_row,
     mean_over_row,
     names,
     pin,
@@ -34,7 +35,7 @@ from igva_kernels.impl.triton.row_tiles import (
     scale_row,
     store_row,
 )
-from igva_kernels.impl.triton.schedule import Schedule
+from igva_kernels.impl.triton.schedule import Schedule, Selection
 from igva_kernels.impl.triton.tiles import put_at, zero_tiles
 
 
@@ -55,6 +56,9 @@ def row_backward_kernel(
     STRIDE_OF: tl.constexpr,  # per source, which of the batch strides is its own
     SHARING: tl.constexpr,  # which tokens share a row of weights, see load_row_weights
     CHOSEN: tl.constexpr,  # k of sparse weights, else 0
+    SELECTED: tl.constexpr,  # per column of sparse weights, its source, where rows are selected; see schedule.py
+    SELECTED_SLOT: tl.constexpr,
+    SELECTED_GROUP: tl.constexpr,
     SKIPPED_ROWS: tl.constexpr,  # rows of the grid before patch 0
     FIRST_ROW: tl.constexpr,  # the row of a state that is patch 0
     D: tl.constexpr,
@@ -101,6 +105,18 @@ def row_backward_kernel(
                 reached = exists & _names_group(columns, group, SCHEDULE, CHOSEN)
             mean = row_as(load_row(pointer, reached, D, BLOCK, VEC, PIECES, ""), PIECES, ACC)
             sums_in_threads = _add_products(sums_in_threads, grad_slots, mean, group, SCHEDULE, BLOCK, VEC, PIECES, PIN)
+
+    if len(SELECTED) > 0:
+        offset = image * batch_strides[0] * VEC + (FIRST_ROW + token) * D
+        sums_in_threads = ()  # CHOSEN x [BLOCK // VEC]
+        for i in tl.static_range(CHOSEN):
+            row = load_selected_row(states, columns[i], offset, SELECTED, len(SELECTED), D, BLOCK, VEC, PIECES)
+            row = row_as(row, PIECES, ACC)
+            if len(SCHEDULE.norms[SELECTED_GROUP]) > 0:
+                centred = centre_row(row, SELECTED_GROUP, SCHEDULE, D, BLOCK, PIECES)
+                row = scale_row(centred, reciprocal_deviation(centred, SELECTED_GROUP, SCHEDULE, D, PIECES), PIECES)
+            product = dot_in_thread(row_at(grad_slots, SELECTED_SLOT, PIECES), row, BLOCK, VEC, PIECES)
+            sums_in_threads = sums_in_threads + (pin(product, PIN),)
 
     if states is not None:
         for source in tl.static_range(len(SCHEDULE.reads)):
@@ -157,7 +173,11 @@ def row_backward_kernel(
                 target = grad_states[index] + (image * num_rows + row_index) * D
                 store_row(target, grad_state, D, BLOCK, VEC, PIECES)
 
-    if partials is not None:
+    if partials is not None and len(SELECTED) > 0:
+        for i in tl.static_range(CHOSEN):
+            value = tl.sum(sums_in_threads[i], axis=0)
+            tl.store(partials + (image * num_patches + token) * CHOSEN + i, value, mask=exists)
+    if partials is not None and len(SELECTED) == 0:
         products = ()  # K x scalar
         for column in tl.static_range(K):
             product = tl.sum(sums_in_threads[column], axis=0)
@@ -282,6 +302,7 @@ def launch_row_backward(
     partials: Tensor | None,
     grad_states: tuple[Tensor, ...] | None,
     *,
+    selected: Selection | None,
     tile: Tile,
     batch: int,
     num_rows: int,
@@ -292,7 +313,8 @@ def launch_row_backward(
     """Fill ``partials``, dL/dw of each token, (B, N, K) or for sparse weights (B, N, k), and the ``grad_states``.
 
     Arguments as for :func:`~igva_kernels.impl.triton.mix_backward.launch_mix_backward`; ``streams`` are needed for dL/dw
-    without ``means``, and wherever a norm's gradient is wanted.
+    without ``means``, and wherever a norm's gradient is wanted. With ``selected``, dL/dw reads only the rows that a token
+    names.
     """
     grid = (tile.count(num_rows), batch)
     if 0 in grid:
@@ -310,10 +332,13 @@ def launch_row_backward(
             grad_strides,
             num_rows,
             num_patches,
-            SCHEDULE=schedule,
+            SCHEDULE=schedule if selected is None else selected.with_states if grad_states else selected.only_weights,
             STRIDE_OF=() if streams is None else streams.stride_of,
             SHARING=sharing_of(weights, indices),
             CHOSEN=0 if indices is None else indices.shape[2],
+            SELECTED=() if selected is None else selected.sources,
+            SELECTED_SLOT=0 if selected is None else selected.slot,
+            SELECTED_GROUP=0 if selected is None else selected.group,
             SKIPPED_ROWS=skipped_rows,
             FIRST_ROW=first_row,
             D=tile.width,

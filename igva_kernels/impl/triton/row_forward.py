@@ -15,11 +15,15 @@ from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, devic
 from igva_kernels.impl.triton.replay import launch_recorded
 from igva_kernels.impl.triton.row_tiles import (
     add_row_to_group,
+    add_scaled_row,
     centre_row,
     fold_term_rows,
+    in_order,
     load_columns,
     load_row,
     load_row_weights,
+    load_selected_row,
+    load_values,
     mean_row,
     put_row,
     reaches,
@@ -29,7 +33,7 @@ from igva_kernels.impl.triton.row_tiles import (
     scale_row,
     store_row,
 )
-from igva_kernels.impl.triton.schedule import Schedule
+from igva_kernels.impl.triton.schedule import Schedule, Selection
 from igva_kernels.impl.triton.tiles import zero_tiles
 
 
@@ -47,6 +51,9 @@ def row_forward_kernel(
     NUM_MEANS: tl.constexpr,  # so many of the group means are stored as well, beginning with the weighted ones
     SHARING: tl.constexpr,  # which tokens share a row of weights, see load_row_weights
     CHOSEN: tl.constexpr,  # k of sparse weights, else 0
+    SELECTED: tl.constexpr,  # per column of sparse weights, its source, where rows are selected; see schedule.py
+    SELECTED_SLOT: tl.constexpr,
+    SELECTED_GROUP: tl.constexpr,
     FIRST_ROW: tl.constexpr,  # the row of a state that becomes row 0 of the outputs: P for patches
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -69,11 +76,24 @@ def row_forward_kernel(
     if indices is not None:
         columns = load_columns(indices, image, token, exists, num_rows, CHOSEN)
     weight = ()  # K x scalar
-    if weights is not None:
+    if weights is not None and len(SELECTED) == 0:
         weight = load_row_weights(weights, columns, image, token, exists, num_rows, K, CHOSEN, SHARING, ACC)
 
     slots = zero_tiles(S * PIECES, (BLOCK,), ACC)  # S x PIECES x [BLOCK]
     sums = zero_tiles(G * PIECES, (BLOCK,), ACC)  # G x PIECES x [BLOCK]
+    if len(SELECTED) > 0:
+        offset = image * batch_strides[0] * VEC + (FIRST_ROW + token) * D
+        values = load_values(weights, columns, image, token, num_rows, len(SELECTED), CHOSEN, ACC)
+        ordered = in_order(columns, values, CHOSEN)
+        total = zero_tiles(PIECES, (BLOCK,), ACC)  # PIECES x [BLOCK]
+        for i in tl.static_range(CHOSEN):
+            row = load_selected_row(states, ordered[i], offset, SELECTED, len(SELECTED), D, BLOCK, VEC, PIECES)
+            row = row_as(row, PIECES, ACC)
+            if len(SCHEDULE.norms[SELECTED_GROUP]) > 0:
+                centred = centre_row(row, SELECTED_GROUP, SCHEDULE, D, BLOCK, PIECES)
+                row = scale_row(centred, reciprocal_deviation(centred, SELECTED_GROUP, SCHEDULE, D, PIECES), PIECES)
+            total = add_scaled_row(total, row, ordered[CHOSEN + i], PIECES)
+        slots = put_row(slots, SELECTED_SLOT, total, PIECES)
     for source in tl.static_range(len(SCHEDULE.reads)):
         if SCHEDULE.reads[source]:
             state = states[source] + image * batch_strides[STRIDE_OF[source]] * VEC + (FIRST_ROW + token) * D
@@ -109,13 +129,15 @@ def launch_row_forward(
     out: Tensor | None,
     means: Tensor | None,
     *,
+    selected: Selection | None,
     tile: Tile,
     num_rows: int,
     first_row: int,
 ) -> None:
     """Fill ``out`` (B, num_rows, S*D) and ``means`` (any number of groups, B, num_rows, D); either may be None.
 
-    Row 0 of the outputs is row ``first_row`` of the states. ``weights`` and ``indices`` are contiguous.
+    Row 0 of the outputs is row ``first_row`` of the states. ``weights`` and ``indices`` are contiguous. With
+    ``selected``, rows that a token names are selected by their pointer.
     """
     state = streams.states[0]
     grid = (tile.count(num_rows), state.shape[0])
@@ -132,11 +154,14 @@ def launch_row_forward(
             means,
             streams.batch_strides,
             num_rows,
-            SCHEDULE=schedule,
+            SCHEDULE=schedule if selected is None else selected.forward,
             STRIDE_OF=streams.stride_of,
             NUM_MEANS=0 if means is None else means.shape[0],
             SHARING=sharing_of(weights, indices),
             CHOSEN=0 if indices is None else indices.shape[2],
+            SELECTED=() if selected is None else selected.sources,
+            SELECTED_SLOT=0 if selected is None else selected.slot,
+            SELECTED_GROUP=0 if selected is None else selected.group,
             FIRST_ROW=first_row,
             D=tile.width,
             ACC=accumulator_of(*(state.dtype for state in streams.states)),

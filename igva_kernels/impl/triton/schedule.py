@@ -117,6 +117,56 @@ def summary_schedule(program: MixProgram) -> Schedule:
     return _schedule(program, terms, copied=[])._replace(norms=((),) * len(program.groups), has_norms=False)
 
 
+class Selection(NamedTuple):
+    """Sparse weights of single layers: what is named is selected by its pointer, and no other layer is looked at.
+
+    Attributes:
+        sources: per weight column, its source.
+        slot: the slot of all columns.
+        group: a group of a column; all of them have its norm.
+        forward: the schedule of what is left: copies, plain terms.
+        only_weights: the schedule of dL/dw alone, which is left nothing to read.
+        with_states: the same with dL/dh.
+    """
+
+    sources: tuple[int, ...]
+    slot: int
+    group: int
+    forward: Schedule
+    only_weights: Schedule
+    with_states: Schedule
+
+
+@lru_cache(maxsize=1024)
+def selection(program: MixProgram) -> Selection | None:
+    """How sparse weights select the sources of a program, or None if they cannot: if a column is a mean of several
+    layers, or is not in the same slot as the others, before its plain terms."""
+    mix = mix_schedule(program)
+    groups = [group for _, group in mix.columns]
+    slots = {slot for slot, _ in mix.columns}
+    if len(slots) != 1 or any(mix.sizes[g] > 1 for g in groups) or len({mix.norms[g] for g in groups}) > 1:
+        return None
+    (slot,) = slots
+    columns = [column for _, column in mix.terms[slot]]
+    if columns[: len(groups)] != list(range(len(groups))):
+        return None
+    plain = tuple(tuple((group, column) for group, column in terms if column == PLAIN) for terms in mix.terms)
+    rest = _schedule(program, plain, [each.source if isinstance(each, CopySlot) else None for each in program.slots])
+    # plain terms keep their places behind the columns: the first of them is added, and does not begin the sum
+    folds = tuple(
+        tuple((s, g, column, place + len(groups) * (s == slot)) for s, g, column, place in turn) for turn in rest.folds
+    )
+    nothing = (False,) * program.num_sources
+    return Selection(
+        sources=tuple(mix.first_members[group] for group in groups),
+        slot=slot,
+        group=groups[0],
+        forward=rest._replace(folds=folds),
+        only_weights=gradient_schedule(program, False, False)._replace(reads=nothing),
+        with_states=gradient_schedule(program, False, True),
+    )
+
+
 def _schedule(program: MixProgram, terms: tuple[Terms, ...], copied: list[int | None]) -> Schedule:
     sources = range(program.num_sources)
     copies = tuple(tuple(slot for slot, copied_source in enumerate(copied) if copied_source == source) for source in sources)
