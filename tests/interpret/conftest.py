@@ -104,7 +104,7 @@ def make_states() -> Callable[..., list[Tensor]]:
     def make(
         plan: FusionPlan,
         batch: int = 2,
-        patches: int = 5,
+        patches: int = 3,
         width: int = 40,
         prefix: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -127,7 +127,7 @@ def make_weights() -> Callable[..., Tensor | None]:
     """Random weights (K,), (B, K) or (B, N, K), or None where the plan takes none."""
 
     def make(
-        plan: FusionPlan, sharing: str, batch: int = 2, patches: int = 5, dtype: torch.dtype = torch.float32
+        plan: FusionPlan, sharing: str, batch: int = 2, patches: int = 3, dtype: torch.dtype = torch.float32
     ) -> Tensor | None:
         shape = {"all": (), "image": (batch,), "token": (batch, patches)}[sharing]
         return torch.randn(*shape, plan.num_groups, dtype=dtype) if plan.num_groups else None
