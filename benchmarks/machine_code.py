@@ -11,14 +11,16 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from igva_kernels import FusionPlan, Norm
 from igva_kernels.program import MixProgram
 
 from .machine import ROOT
@@ -38,24 +40,28 @@ class Kernel:
     """A launch of the library.
 
     Args:
-        run: makes it, given the Triton implementation, a tower and :func:`tensors`.
+        run: makes it, given the Triton implementation, the plan, P, T and :func:`tensors`.
         traffic: its least bytes, of the program, the bytes of one map and T / N.
+        plan: IGVA's by default.
+        by_row: whether a program works on one row. Such code is long and slow to compile, so it is recorded for one size alone.
     """
 
-    run: Callable[[ModuleType, Tower, dict[str, Any]], object]
+    run: Callable[[ModuleType, FusionPlan, int, int, dict[str, Any]], object]
     traffic: Callable[[MixProgram, int, float], Traffic]
+    plan: Callable[[Tower], FusionPlan] = Tower.plan
+    by_row: bool = False
 
 
-def _forward(save_means: bool, weights: str = "weights") -> Callable[[ModuleType, Tower, dict[str, Any]], object]:
-    return lambda kernels, tower, t: kernels.fuse_forward(
-        t["states"], t[weights], tower.plan().program, tower.num_prefix_tokens, save_means
+def _forward(save_means: bool, weights: str = "weights", indices: str | None = None) -> Callable[..., object]:
+    return lambda kernels, plan, prefix, tokens, t: kernels.fuse_forward(
+        t["states"], t[weights], plan.program, prefix, save_means, indices=None if indices is None else t[indices]
     )
 
 
-def _backward(weights: bool, states: bool) -> Callable[[ModuleType, Tower, dict[str, Any]], object]:
-    return lambda kernels, tower, t: kernels.fuse_backward(
-        t["grad"], [], t["means"] if weights else None, t["weights"], tower.plan().program, tower.num_prefix_tokens,
-        tower.num_tokens, needs_weights=weights, needs_states=states,
+def _backward(weights: bool, states: bool) -> Callable[..., object]:
+    return lambda kernels, plan, prefix, tokens, t: kernels.fuse_backward(
+        t["grad"], [], t["means"] if weights else None, t["weights"], plan.program, prefix, tokens,
+        needs_weights=weights, needs_states=states,
     )  # fmt: skip
 
 
@@ -65,40 +71,78 @@ def _backward_bytes(weights: bool, states: bool) -> Callable[[MixProgram, int, f
     )
 
 
+CHOSEN = 3
+"""Layers of a token with sparse weights."""
+
+
+def _tgif(tower: Tower) -> FusionPlan:
+    return FusionPlan.tgif(tower.num_layers)
+
+
+def _normalised(tower: Tower) -> FusionPlan:
+    return FusionPlan.scalar_mix(tower.num_layers, norm=Norm("layer"))
+
+
+def _sparse(tower: Tower) -> FusionPlan:
+    return FusionPlan.mixture_of_layers(tower.num_layers)
+
+
 KERNELS = {
     "forward": Kernel(_forward(False), lambda program, map_bytes, _: forward_traffic(program, map_bytes)),
     "forward, means saved": Kernel(
         _forward(True), lambda program, map_bytes, _: forward_traffic(program, map_bytes, save_means=True)
     ),
     "forward, weights per token": Kernel(
-        _forward(False, "token_weights"), lambda program, map_bytes, _: forward_traffic(program, map_bytes)
+        _forward(False, "token_weights"), lambda program, map_bytes, _: forward_traffic(program, map_bytes), by_row=True
     ),
     "group means": Kernel(
-        lambda kernels, tower, t: kernels.reduce_forward(t["states"], tower.plan().program, tower.num_prefix_tokens),
+        lambda kernels, plan, prefix, tokens, t: kernels.reduce_forward(t["states"], plan.program, prefix),
         lambda program, map_bytes, _: Traffic(program.num_sources, len(program.groups), map_bytes),
     ),
     "dw": Kernel(_backward(True, False), _backward_bytes(True, False)),
     "dh": Kernel(_backward(False, True), _backward_bytes(False, True)),
     "dw and dh": Kernel(_backward(True, True), _backward_bytes(True, True)),
     "patch summaries": Kernel(
-        lambda kernels, tower, t: kernels.summaries_forward(
-            t["states"], tower.plan().summary_program, tower.num_prefix_tokens, "mean_patch"
+        lambda kernels, plan, prefix, tokens, t: kernels.summaries_forward(
+            t["states"], plan.summary_program, prefix, "mean_patch"
         ),
         lambda program, map_bytes, _: Traffic(program.num_sources, 0, map_bytes),
+    ),
+    "forward, a weight a layer": Kernel(
+        _forward(False), lambda program, map_bytes, _: forward_traffic(program, map_bytes), _tgif
+    ),
+    "forward, normalised layers": Kernel(
+        _forward(False, "shared_weights"), lambda program, map_bytes, _: forward_traffic(program, map_bytes), _normalised, True
+    ),
+    "forward, sparse": Kernel(
+        _forward(False, "values", "indices"), lambda program, map_bytes, _: Traffic(CHOSEN, 1, map_bytes), _sparse, True
     ),
 }
 """The launches of a forward and a backward, by name; in all of them a map is read or written once."""
 
 
-def tensors(tower: Tower, dtype: torch.dtype, batch: int) -> dict[str, Any]:
+def combinations(
+    kernels: Iterable[str], towers: Iterable[Tower], dtypes: Iterable[torch.dtype]
+) -> Iterator[tuple[str, Tower, torch.dtype]]:
+    """Those of the given kernels, towers and dtypes that are recorded."""
+    for tower, kernel, dtype in product(towers, kernels, dtypes):
+        if not KERNELS[kernel].by_row or (tower, dtype) == (CLIP_L_336, torch.bfloat16):
+            yield kernel, tower, dtype
+
+
+def tensors(plan: FusionPlan, tower: Tower, dtype: torch.dtype, batch: int) -> dict[str, Any]:
     """What the launches take: address space only, as nothing is ever written to it."""
     map_shape = (batch, tower.num_patches, tower.vision_dim)
-    program = tower.plan().program
+    program = plan.program
+    chosen_shape = (batch, tower.num_patches, CHOSEN)
     state_shape = (batch, tower.num_tokens, tower.vision_dim)
     return {
         "states": [torch.empty(state_shape, dtype=dtype) for _ in range(program.num_sources)],
-        "weights": torch.empty(batch, tower.num_groups),
-        "token_weights": torch.empty(batch, tower.num_patches, tower.num_groups),
+        "weights": torch.empty(batch, plan.num_groups),
+        "shared_weights": torch.empty(plan.num_groups),
+        "token_weights": torch.empty(batch, tower.num_patches, plan.num_groups),
+        "values": torch.empty(chosen_shape),
+        "indices": torch.empty(chosen_shape, dtype=torch.int64),
         "means": torch.empty(program.num_weighted_groups, *map_shape, dtype=dtype),
         "grad": torch.empty(*map_shape[:2], len(program.slots) * tower.vision_dim, dtype=dtype),
     }
@@ -117,8 +161,10 @@ def compile_kernel(name: str, tower: Tower, dtype: torch.dtype, target: str) -> 
         importlib.import_module(f"{kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)
     ]
     batch = 2
+    plan = KERNELS[name].plan(tower)
+    prefix, tokens = tower.num_prefix_tokens, tower.num_tokens
     with aot.recorded_launches(*modules, warp_size=aot.TARGETS[target].warp_size) as launches:
-        KERNELS[name].run(kernels, tower, tensors(tower, dtype, batch))
+        KERNELS[name].run(kernels, plan, prefix, tokens, tensors(plan, tower, dtype, batch))
     if len(launches) != 1:
         raise RuntimeError(f"{name}: {len(launches)} launches, expected one")
     (launch,) = launches

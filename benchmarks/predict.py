@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from pathlib import Path
 
 import torch
 
 from .cards import CARDS, Card
-from .machine_code import DTYPES, FILE, KERNELS, TARGETS, TOWERS, compile_kernel, key
+from .machine_code import DTYPES, FILE, KERNELS, TARGETS, TOWERS, combinations, compile_kernel, key
 from .record import write_json
 from .report import table
 from .roofline import START_S, KernelCode, Prediction, predict
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.split("\n\n")[0])
     command.add_argument("--compile", action="store_true", help="compile the chosen kernels anew and write them to --file")
-    command.add_argument("--file", type=type(FILE), default=FILE, help="machine code (default: benchmarks/machine_code.json)")
+    command.add_argument("--file", type=Path, default=FILE, help="machine code (default: benchmarks/machine_code.json)")
     for name, values in (("card", [card.name for card in CARDS]), ("tower", TOWERS), ("kernel", KERNELS), ("dtype", DTYPES)):
         command.add_argument(f"--{name}", choices=list(values), action="append", help="may be repeated; default: all")
     command.add_argument("--batch", type=int, action="append", help=f"may be repeated; default: {BATCHES}")
@@ -39,30 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
     kernels, dtypes = options.kernel or list(KERNELS), [DTYPES[name] for name in options.dtype or DTYPES]
     if options.compile:
         targets = TARGETS if options.card is None else dict.fromkeys(card.target for card in cards)
-        known = json.loads(options.file.read_text())["kernels"] if options.file.exists() else {}
-        write_json(options.file, compiled(known, kernels, towers, dtypes, targets))
+        compile_into(options.file, combinations(kernels, towers, dtypes), targets)
     codes = read_codes(options.file)
     rows = predictions(codes, cards, kernels, towers, dtypes, options.batch or BATCHES)
     print("\n".join(table(({"row": row} for row in rows), COLUMNS)))
     return 0
 
 
-def compiled(
-    known: dict, kernels: Iterable[str], towers: Iterable[Tower], dtypes: Iterable[torch.dtype], targets: Iterable[str]
-) -> dict:
-    """The document of :data:`benchmarks.machine_code.FILE` with these combinations compiled anew."""
+def compile_into(file: Path, wanted: Iterable[tuple[str, Tower, torch.dtype]], targets: Iterable[str]) -> None:
+    """Compile these combinations for every target and put them into the file, beside what else it holds."""
     import triton
 
-    found = dict(known)
-    for target in targets:
-        for tower in towers:
-            for dtype in dtypes:
-                for kernel in kernels:
-                    found[key(kernel, tower, dtype, target)] = compile_kernel(kernel, tower, dtype, target).as_dict()
-    return {"triton": triton.__version__, "kernels": dict(sorted(found.items()))}
+    found = json.loads(file.read_text())["kernels"] if file.exists() else {}
+    targets = list(targets)
+    for kernel, tower, dtype in wanted:
+        for target in targets:
+            found[key(kernel, tower, dtype, target)] = compile_kernel(kernel, tower, dtype, target).as_dict()
+        write_json(file, {"triton": triton.__version__, "kernels": dict(sorted(found.items()))})
 
 
-def read_codes(file=FILE) -> dict[str, KernelCode]:
+def read_codes(file: Path = FILE) -> dict[str, KernelCode]:
     """The recorded codes, by :func:`benchmarks.machine_code.key`."""
     return {name: KernelCode(**values) for name, values in json.loads(file.read_text())["kernels"].items()}
 
@@ -88,26 +86,23 @@ def predictions(
     dtypes: Iterable[torch.dtype],
     batches: Iterable[int],
 ) -> Iterator[Row]:
-    """Every combination, in the order of the arguments.
+    """Every combination that is recorded, in the order of the arguments.
 
     Raises:
-        KeyError: the machine code of a combination is not recorded.
+        KeyError: the file lacks the machine code of a combination: it was written for others.
     """
-    for card in cards:
-        for tower in towers:
-            for kernel in kernels:
-                for dtype in dtypes:
-                    for batch in batches:
-                        num_bytes = kernel_bytes(kernel, tower, dtype, batch)
-                        found = predict(codes[key(kernel, tower, dtype, card.target)], card, batch, num_bytes)
-                        yield Row(kernel, tower, dtype, batch, card, num_bytes, found)
+    wanted = list(combinations(kernels, towers, dtypes))
+    for card, (kernel, tower, dtype), batch in product(cards, wanted, batches):
+        num_bytes = kernel_bytes(kernel, tower, dtype, batch)
+        found = predict(codes[key(kernel, tower, dtype, card.target)], card, batch, num_bytes)
+        yield Row(kernel, tower, dtype, batch, card, num_bytes, found)
 
 
 def kernel_bytes(kernel: str, tower: Tower, dtype: torch.dtype, batch: int) -> int:
     """The least bytes of a launch."""
     case = FuseCase(tower, batch, dtype)
     ratio = tower.num_tokens / tower.num_patches
-    return KERNELS[kernel].traffic(tower.plan().program, case.map_bytes, ratio).bytes
+    return KERNELS[kernel].traffic(KERNELS[kernel].plan(tower).program, case.map_bytes, ratio).bytes
 
 
 CASE_KERNELS = {

@@ -138,8 +138,10 @@ def test_every_kernel_is_recorded_for_every_card() -> None:
             codes, CARDS, machine_code.KERNELS, machine_code.TOWERS.values(), machine_code.DTYPES.values(), predict.BATCHES
         )
     )
-    assert len(rows) == len(CARDS) * len(machine_code.KERNELS) * 3 * 2 * len(predict.BATCHES)
-    assert len(codes) * len(CARDS) * len(predict.BATCHES) == len(rows) * len(machine_code.TARGETS)
+    by_row = sum(kernel.by_row for kernel in machine_code.KERNELS.values())
+    combinations = (len(machine_code.KERNELS) - by_row) * 3 * 2 + by_row  # by row for one tower and dtype alone
+    assert len(rows) == len(CARDS) * combinations * len(predict.BATCHES)
+    assert len(codes) == combinations * len(machine_code.TARGETS)
     for row in rows:
         assert row.prediction.nominal_s < row.prediction.floor_s < row.prediction.seconds
         assert row.prediction.resident_programs >= 1
