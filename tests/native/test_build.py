@@ -135,6 +135,16 @@ def test_a_source_that_does_not_compile_gives_the_compilers_words(_built, fresh,
     assert not list(fresh.iterdir())
 
 
+def test_a_compiler_that_does_not_end_is_stopped(_built, fresh, monkeypatch, tmp_path):
+    script = tmp_path / "endless-cc"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nexec sleep 60\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(build, "TIMEOUT_S", 3)
+    assert "did not end within 3 s" in supported()
+    assert not list(fresh.iterdir())
+
+
 def test_switched_off_without_a_word(monkeypatch, caplog):
     monkeypatch.setenv("IGVA_KERNELS_NATIVE", "0")
     forget()

@@ -36,7 +36,8 @@ FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared",
 # What this processor has; a compiler that does not know the flag builds for all processors of its kind.
 NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
+"""A build takes two seconds; on a machine with other work, a minute."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def library() -> ctypes.CDLL:
         if path is None:
             try:
                 path = build(command, folder, key)
-            except subprocess.SubprocessError as error:
+            except subprocess.CalledProcessError as error:
                 failures.append(f"{shlex.join(command)}: {_output_of(error)}")
                 continue
         try:
@@ -174,8 +175,8 @@ def build(command: tuple[str, ...], folder: Path, key: str) -> Path:
     """Compile, and put the finished file in its place in one step.
 
     Raises:
-        subprocess.SubprocessError: the compiler fails or takes longer than :data:`TIMEOUT_S`.
-        Unavailable: the folder cannot be written to.
+        subprocess.CalledProcessError: the compiler fails.
+        Unavailable: it takes longer than :data:`TIMEOUT_S`, or the folder cannot be written to.
     """
     try:
         descriptor, name = tempfile.mkstemp(prefix="building-", suffix=".so", dir=folder)
@@ -191,6 +192,8 @@ def build(command: tuple[str, ...], folder: Path, key: str) -> Path:
         )
         unfinished.chmod(0o700)
         return unfinished.replace(folder / f"mix-{key}-{_digest_of(unfinished)}.so")
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"`{shlex.join(command)}` did not end within {TIMEOUT_S} s") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
