@@ -173,7 +173,7 @@ def allocate_forward(
             attended_kernel[grid](
                 partials,
                 values,
-                attended,
+                attended if save else None,
                 probability[i],
                 block.out_weight,
                 block.out_bias,

@@ -13,20 +13,21 @@ import triton
 import triton.language as tl
 
 from igva_kernels.impl.triton.allocator_tiles import (
-    expected_product,
-    head_product,
-    load_probability,
-    load_rows,
+    first_step,
+    head_products,
+    load_members,
+    load_probabilities,
     load_tile,
     load_weights,
+    mix_members,
     multiply,
     norm_backward_product,
     plain_product,
+    score_gradients,
     step_index,
     store_head_products,
     store_tile,
     zero_product,
-    zeros,
 )
 
 
@@ -78,10 +79,10 @@ def ffn_hidden_backward_kernel(
     """Grid: (column tiles, row tiles). LayerNorm 2, ffn.2 and the ReLU."""
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
     columns = tl.program_id(0) * TILE.columns + tl.arange(0, TILE.columns)  # [C]
+    active = load_tile(hidden, rows, num_rows, columns, H) > 0.0  # [M, C]
     product = norm_backward_product(
         grad, source, statistics, norm_weight, weight, grad_source, rows, num_rows, columns, H, TILE
     )
-    active = load_tile(hidden, rows, num_rows, columns, H) > 0.0
     store_tile(grad_hidden, tl.where(active, product, 0.0), rows, num_rows, columns, H)
 
 
@@ -141,39 +142,36 @@ def query_backward_kernel(
     index = step_index(TILE)  # [S, Q]
     product = zero_product(TILE)  # [S, M, C]
     weights = load_weights(weight, columns, index, H, H, True)  # [S, Q, C]
+    around = load_tile(residual, rows, num_rows, columns, H)  # [M, C]
     for start in range(0, H, STEP):
         heads = (start + tl.arange(0, TILE.slices) * TILE.depth) // HEAD_DIM  # [S]: no slice crosses two heads
-        expected = expected_product(probabilities, partials, rows, num_rows, heads, K, HEADS, PARTS)  # [S, M]
-        mixed = zeros(TILE.slices, TILE.rows, TILE.depth)
-        for group in tl.static_range(K):
-            probability = load_probability(probabilities, rows, num_rows, heads, group, K, HEADS)  # [S, M]
-            score = head_product(partials, rows, num_rows, heads, group, K, HEADS, PARTS)
-            grad_score = SCALE * probability * (score - expected)  # [S, M]
-            mixed += grad_score[:, :, None] * load_rows(keys, rows * K + group, num_rows * K, start + index, H)
+        loaded = load_members(keys, rows, num_rows, start + index, H, K)
+        attention = load_probabilities(probabilities, rows, num_rows, heads, K, HEADS)
+        grads = score_gradients(attention, head_products(partials, rows, num_rows, heads, K, HEADS, PARTS), SCALE)
+        mixed = mix_members(keys, loaded, grads, rows, num_rows, start + index, H, K)  # [S, M, Q]
         following = load_weights(weight, columns, start + STEP + index, H, H, True)
         product = multiply(mixed, weights, product)
         weights = following
 
+    store_tile(out, tl.sum(product, axis=0) + around, rows, num_rows, columns, H)
+
     # each program keeps the gradients of query, keys and values in its own columns
     heads = tl.program_id(0) * TILE.columns // HEAD_DIM + tl.arange(0, 1)  # [1]
-    expected = expected_product(probabilities, partials, rows, num_rows, heads, K, HEADS, PARTS)  # [1, M]
+    attention = load_probabilities(probabilities, rows, num_rows, heads, K, HEADS)  # K x [1, M]
+    grads = score_gradients(attention, head_products(partials, rows, num_rows, heads, K, HEADS, PARTS), SCALE)
     own_query = load_tile(query, rows, num_rows, columns, H)  # [M, C]
     own_attended = load_tile(grad_attended, rows, num_rows, columns, H)
     M: tl.constexpr = TILE.rows
     C: tl.constexpr = TILE.columns
     own = tl.zeros((M, C), dtype=tl.float32)
     for group in tl.static_range(K):
-        probability = load_probability(probabilities, rows, num_rows, heads, group, K, HEADS)  # [1, M]
-        score = head_product(partials, rows, num_rows, heads, group, K, HEADS, PARTS)
-        grad_score = tl.sum(SCALE * probability * (score - expected), axis=0)[:, None]  # [M, 1]
+        grad_score = tl.sum(grads[group], axis=0)[:, None]  # [M, 1]
         member = rows * K + group  # [M]
         own += grad_score * load_tile(keys, member, num_rows * K, columns, H)
         store_tile(grad_keys, grad_score * own_query, member, num_rows * K, columns, H)
-        store_tile(grad_values, tl.sum(probability, axis=0)[:, None] * own_attended, member, num_rows * K, columns, H)
+        probability = tl.sum(attention[group], axis=0)[:, None]  # [M, 1]
+        store_tile(grad_values, probability * own_attended, member, num_rows * K, columns, H)
     store_tile(grad_query, own, rows, num_rows, columns, H)
-
-    total = tl.sum(product, axis=0) + load_tile(residual, rows, num_rows, columns, H)
-    store_tile(out, total, rows, num_rows, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_members"])
@@ -195,7 +193,8 @@ def members_backward_kernel(
         for i in range(2):
             grad = grads + (1 + 2 * block + i) * matrix_size
             weight = weights[block] + (1 + i) * (H * H)
-            total += plain_product(grad, weight, rows, num_members, columns, H, H, True, TILE)
+            first = first_step(grad, weight, rows, num_members, columns, H, H, True, TILE)
+            total += plain_product(first, grad, weight, rows, num_members, columns, H, H, True, TILE)
     store_tile(grads, total, rows, num_members, columns, H)
 
 
@@ -221,12 +220,14 @@ def inputs_backward_kernel(
         sentence_tiles = tl.cdiv(num_sentences, TILE.rows)
         if tl.program_id(1) < sentence_tiles:
             rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
-            product = plain_product(grad_query, sentence_weight, rows, num_sentences, columns, E, H, True, TILE)
+            first = first_step(grad_query, sentence_weight, rows, num_sentences, columns, E, H, True, TILE)
+            product = plain_product(first, grad_query, sentence_weight, rows, num_sentences, columns, E, H, True, TILE)
             store_tile(grad_sentences, product, rows, num_sentences, columns, E)
     if grad_summaries is not None:
         if tl.program_id(1) >= sentence_tiles:
             rows = (tl.program_id(1) - sentence_tiles) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
-            product = plain_product(grad_members, cls_weight, rows, num_members, columns, D, H, True, TILE)
+            first = first_step(grad_members, cls_weight, rows, num_members, columns, D, H, True, TILE)
+            product = plain_product(first, grad_members, cls_weight, rows, num_members, columns, D, H, True, TILE)
             store_tile(grad_summaries, product, rows, num_members, columns, D)
 
 

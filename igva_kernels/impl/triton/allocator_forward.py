@@ -28,11 +28,14 @@ import triton
 import triton.language as tl
 
 from igva_kernels.impl.triton.allocator_tiles import (
-    add_bias,
-    head_product,
-    load_rows,
+    first_step,
+    head_products,
+    load_columns,
+    load_members,
+    load_own,
     load_tile,
     load_weights,
+    mix_members,
     multiply,
     normalised_product,
     plain_product,
@@ -42,7 +45,6 @@ from igva_kernels.impl.triton.allocator_tiles import (
     store_normalised,
     store_tile,
     zero_product,
-    zeros,
 )
 
 
@@ -70,12 +72,16 @@ def project_inputs_kernel(
     sentence_tiles = tl.cdiv(num_sentences, TILE.rows)
     if tl.program_id(1) < sentence_tiles:
         rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
-        product = plain_product(sentences, sentence_weight, rows, num_sentences, columns, H, E, False, TILE)
-        store_tile(query, add_bias(product, sentence_bias, columns, H), rows, num_sentences, columns, H)
+        first_sentences = first_step(sentences, sentence_weight, rows, num_sentences, columns, H, E, False, TILE)
+        bias = load_columns(sentence_bias, rows, columns, H)
+        product = plain_product(first_sentences, sentences, sentence_weight, rows, num_sentences, columns, H, E, False, TILE)
+        store_tile(query, product + bias, rows, num_sentences, columns, H)
     else:
         rows = (tl.program_id(1) - sentence_tiles) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
-        product = plain_product(summaries, cls_weight, rows, num_members, columns, H, D, False, TILE)
-        store_tile(members, add_bias(product, cls_bias, columns, H), rows, num_members, columns, H)
+        first_summaries = first_step(summaries, cls_weight, rows, num_members, columns, H, D, False, TILE)
+        bias = load_columns(cls_bias, rows, columns, H)
+        product = plain_product(first_summaries, summaries, cls_weight, rows, num_members, columns, H, D, False, TILE)
+        store_tile(members, product + bias, rows, num_members, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_members"])
@@ -95,15 +101,16 @@ def keys_values_kernel(
         if block == i:
             weight = weights[i]
             bias = biases[i]
-    first = tl.program_id(0) * TILE.columns  # a tile belongs to the keys or to the values, as its width divides H
-    is_value = first // H
+    begin = tl.program_id(0) * TILE.columns  # a tile belongs to the keys or to the values, as its width divides H
+    is_value = begin // H
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
-    columns = first - is_value * H + tl.arange(0, TILE.columns)  # [C]
+    columns = begin - is_value * H + tl.arange(0, TILE.columns)  # [C]
     weight += (1 + is_value) * (H * H)
-    bias += (1 + is_value) * H
-    product = plain_product(members, weight, rows, num_members, columns, H, H, False, TILE)
+    first = first_step(members, weight, rows, num_members, columns, H, H, False, TILE)
+    shift = load_columns(bias + (1 + is_value) * H, rows, columns, H)  # [M, C]
+    product = plain_product(first, members, weight, rows, num_members, columns, H, H, False, TILE)
     out = members + (1 + 2 * block + is_value).to(tl.int64) * num_members * H
-    store_tile(out, add_bias(product, bias, columns, H), rows, num_members, columns, H)
+    store_tile(out, product + shift, rows, num_members, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_rows", "statistics"])
@@ -127,14 +134,17 @@ def query_kernel(
     """Grid: (column tiles, row tiles)."""
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
     columns = tl.program_id(0) * TILE.columns + tl.arange(0, TILE.columns)  # [C]
+    first = first_step(source, weight, rows, num_rows, columns, H, H, False, TILE)
+    shift = load_columns(bias, rows, columns, H)  # [M, C]
     if norm_weight is not None:
+        own = load_own(source, norm_weight, norm_bias, rows, num_rows, columns, H)
         product, mean, scale = normalised_product(
-            source, norm_weight, norm_bias, weight, rows, num_rows, columns, H, H, EPS, TILE
+            first, source, norm_weight, norm_bias, weight, rows, num_rows, columns, H, H, EPS, TILE
         )
-        store_normalised(normalised, statistics, source, norm_weight, norm_bias, mean, scale, rows, num_rows, columns, H)
+        store_normalised(normalised, statistics, own, mean, scale, rows, num_rows, columns, H)
     else:
-        product = plain_product(source, weight, rows, num_rows, columns, H, H, False, TILE)
-    rounded = add_bias(product, bias, columns, H).to(query.dtype.element_ty)  # [M, C]
+        product = plain_product(first, source, weight, rows, num_rows, columns, H, H, False, TILE)
+    rounded = (product + shift).to(query.dtype.element_ty)  # [M, C]
     store_tile(query, rounded, rows, num_rows, columns, H)
     store_head_products(partials, rounded.to(tl.float32), keys, rows, num_rows, columns, H, K)
 
@@ -143,8 +153,8 @@ def query_kernel(
 def attended_kernel(
     partials,  # *[B, K, HEADS*PARTS]
     values,  # *[B*K, H]
-    attended,  # *[B, H], written
-    probabilities,  # *[B, K, HEADS], written, or None
+    attended,  # *[B, H], written, or None
+    probabilities,  # *[B, K, HEADS], written, or None with it: only the backward wants them
     weight,  # *[H, H]
     bias,  # *[H]
     residual,  # *[B, H]
@@ -167,34 +177,28 @@ def attended_kernel(
     weights = load_weights(weight, columns, index, H, H, False)  # [S, Q, C]
     for start in range(0, H, STEP):
         heads = (start + tl.arange(0, TILE.slices) * TILE.depth) // HEAD_DIM  # [S]: no slice crosses two heads
-        largest, total = softmax_over_groups(partials, rows, num_rows, heads, SCALE, K, HEADS, PARTS)
-        mixed = zeros(TILE.slices, TILE.rows, TILE.depth)
-        for group in tl.static_range(K):
-            score = SCALE * head_product(partials, rows, num_rows, heads, group, K, HEADS, PARTS)
-            probability = tl.exp(score - largest) / total  # [S, M]
-            mixed += probability[:, :, None] * load_rows(values, rows * K + group, num_rows * K, start + index, H)
+        loaded = load_members(values, rows, num_rows, start + index, H, K)
+        shares = softmax_over_groups(head_products(partials, rows, num_rows, heads, K, HEADS, PARTS), SCALE)
+        mixed = mix_members(values, loaded, shares, rows, num_rows, start + index, H, K)  # [S, M, Q]
         following = load_weights(weight, columns, start + STEP + index, H, H, False)
         product = multiply(mixed, weights, product)
         weights = following
+    total = tl.sum(product, axis=0) + load_columns(bias, rows, columns, H)  # [M, C]
+    store_tile(out, total + load_tile(residual, rows, num_rows, columns, H), rows, num_rows, columns, H)
 
-    # each program keeps the attention's output in its own columns, the first of a head its probabilities
-    head = tl.program_id(0) * TILE.columns // HEAD_DIM
-    heads = head + tl.arange(0, 1)  # [1]
-    largest, total = softmax_over_groups(partials, rows, num_rows, heads, SCALE, K, HEADS, PARTS)
-    M: tl.constexpr = TILE.rows
-    C: tl.constexpr = TILE.columns
-    own = tl.zeros((M, C), dtype=tl.float32)
-    for group in tl.static_range(K):
-        score = SCALE * head_product(partials, rows, num_rows, heads, group, K, HEADS, PARTS)
-        probability = tl.sum(tl.exp(score - largest) / total, axis=0)  # [M]
-        own += probability[:, None] * load_tile(values, rows * K + group, num_rows * K, columns, H)
-        if probabilities is not None:
+    if attended is not None:  # each program keeps its own columns, and the first of a head its attention
+        head = tl.program_id(0) * TILE.columns // HEAD_DIM
+        heads = head + tl.arange(0, 1)  # [1]
+        shares = softmax_over_groups(head_products(partials, rows, num_rows, heads, K, HEADS, PARTS), SCALE)
+        M: tl.constexpr = TILE.rows
+        C: tl.constexpr = TILE.columns
+        own = tl.zeros((M, C), dtype=tl.float32)
+        for group in tl.static_range(K):
+            probability = tl.sum(shares[group], axis=0)  # [M]
+            own += probability[:, None] * load_tile(values, rows * K + group, num_rows * K, columns, H)
             if tl.program_id(0) * TILE.columns == head * HEAD_DIM:
                 tl.store(probabilities + (rows * K + group) * HEADS + head, probability, mask=rows < num_rows)
-    store_tile(attended, own, rows, num_rows, columns, H)
-
-    total_product = add_bias(tl.sum(product, axis=0), bias, columns, H)
-    store_tile(out, total_product + load_tile(residual, rows, num_rows, columns, H), rows, num_rows, columns, H)
+        store_tile(attended, own, rows, num_rows, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_rows", "statistics"])
@@ -215,9 +219,14 @@ def ffn_hidden_kernel(
     """Grid: (column tiles, row tiles)."""
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
     columns = tl.program_id(0) * TILE.columns + tl.arange(0, TILE.columns)  # [C]
-    product, mean, scale = normalised_product(source, norm_weight, norm_bias, weight, rows, num_rows, columns, H, H, EPS, TILE)
-    store_normalised(normalised, statistics, source, norm_weight, norm_bias, mean, scale, rows, num_rows, columns, H)
-    store_tile(out, tl.maximum(add_bias(product, bias, columns, H), 0.0), rows, num_rows, columns, H)
+    first = first_step(source, weight, rows, num_rows, columns, H, H, False, TILE)
+    shift = load_columns(bias, rows, columns, H)  # [M, C]
+    own = load_own(source, norm_weight, norm_bias, rows, num_rows, columns, H)
+    product, mean, scale = normalised_product(
+        first, source, norm_weight, norm_bias, weight, rows, num_rows, columns, H, H, EPS, TILE
+    )
+    store_normalised(normalised, statistics, own, mean, scale, rows, num_rows, columns, H)
+    store_tile(out, tl.maximum(product + shift, 0.0), rows, num_rows, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -235,10 +244,12 @@ def sum_kernel(
     """Grid: (column tiles, row tiles). The second layer of the ffn, and the way back through the first."""
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
     columns = tl.program_id(0) * TILE.columns + tl.arange(0, TILE.columns)  # [C]
-    product = plain_product(matrix, weight, rows, num_rows, columns, H, H, TRANSPOSED, TILE)
+    first = first_step(matrix, weight, rows, num_rows, columns, H, H, TRANSPOSED, TILE)
+    around = load_tile(residual, rows, num_rows, columns, H)  # [M, C]
     if bias is not None:
-        product = add_bias(product, bias, columns, H)
-    store_tile(out, product + load_tile(residual, rows, num_rows, columns, H), rows, num_rows, columns, H)
+        around += load_columns(bias, rows, columns, H)
+    product = plain_product(first, matrix, weight, rows, num_rows, columns, H, H, TRANSPOSED, TILE)
+    store_tile(out, product + around, rows, num_rows, columns, H)
 
 
 @triton.jit(do_not_specialize=["num_rows", "statistics"])
@@ -261,11 +272,16 @@ def head_kernel(
     """Grid: (1, row tiles), with the normalised rows wanted (column tiles of NORM_COLUMNS, row tiles)."""
     rows = tl.program_id(1) * TILE.rows + tl.arange(0, TILE.rows)  # [M]
     columns = tl.arange(0, TILE.columns)  # [C]
-    product, mean, scale = normalised_product(source, norm_weight, norm_bias, weight, rows, num_rows, columns, K, H, EPS, TILE)
+    norm_columns = tl.program_id(0) * NORM_COLUMNS + tl.arange(0, NORM_COLUMNS)
+    first = first_step(source, weight, rows, num_rows, columns, K, H, False, TILE)
+    shift = load_columns(bias, rows, columns, K)  # [M, C]
+    own = load_own(source, norm_weight, norm_bias, rows, num_rows, norm_columns, H)
+    product, mean, scale = normalised_product(
+        first, source, norm_weight, norm_bias, weight, rows, num_rows, columns, K, H, EPS, TILE
+    )
     if normalised is not None:
-        norm_columns = tl.program_id(0) * NORM_COLUMNS + tl.arange(0, NORM_COLUMNS)
-        store_normalised(normalised, statistics, source, norm_weight, norm_bias, mean, scale, rows, num_rows, norm_columns, H)
+        store_normalised(normalised, statistics, own, mean, scale, rows, num_rows, norm_columns, H)
     if tl.program_id(0) == 0:
-        logits = tl.where((columns < K)[None, :], add_bias(product, bias, columns, K), float("-inf"))  # [M, C]
+        logits = tl.where((columns < K)[None, :], product + shift, float("-inf"))  # [M, C]
         exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         store_tile(out, exponentials / tl.sum(exponentials, axis=1)[:, None], rows, num_rows, columns, K)
