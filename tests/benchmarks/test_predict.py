@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import machine_code, predict
+from benchmarks import machine_code, predict, report
 from benchmarks.cards import CARDS, card_of
+from benchmarks.context import Context
 from benchmarks.machine import ROOT
 from benchmarks.roofline import START_S, KernelCode
 from benchmarks.roofline import predict as predict_launch
 from benchmarks.sizes import CLIP_L_336, DINOV2_L_518, TINY, FuseCase
+from benchmarks.variants import measure_variants
 
 H100 = CARDS[0]
 FORWARD = KernelCode(
@@ -197,3 +199,23 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path) -> None:
     recorded = predict.read_codes()[name]
     # instructions and registers change with Triton's version and stand under a budget in tests/aot
     assert (code.loads, code.threads, code.programs_per_image) == (24, recorded.threads, recorded.programs_per_image)
+
+
+def test_a_prediction_stands_beside_the_measured_time(context: Context) -> None:
+    measure_variants(
+        context,
+        "fuse something",
+        {"tower": "T", "batch": 1, "dtype": "bfloat16", "stage": 2, "mode": "forward"},
+        {"igva_kernels": lambda: [lambda: None], "other": lambda: [lambda: None], "official eager": lambda: [lambda: None]},
+        predicted_s={"igva_kernels": 2.0, "other": None},
+    )
+    ours, other, eager = (case["metrics"] for case in context.recorder.document["cases"])
+    assert ours["predicted_s"] == 2.0 and ours["measured_over_predicted"] == ours["median_s"] / 2.0
+    assert "predicted_s" not in other and "predicted_s" not in eager
+    machine = {"device": "X", "cpu": "Y", "cpu_count": 1, "cpu_capability": "Z", "torch_threads": 1, "versions": {"torch": "2"}}
+    text = report.render(context.recorder.document | {"machine": machine})
+    assert "| predicted µs | measured / predicted |" in text and "| 2,000,000 | 0.00 |" in text
+
+
+def test_without_a_gpu_nothing_is_predicted(context: Context) -> None:
+    assert context.predict(FuseCase(CLIP_L_336, 1, torch.bfloat16)) is None
