@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def build_model(
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    tokenizer = _tokenizer_with_image_token(language_model)
+    tokenizer = tokenizer_with_image_token(language_model)
     # The settings are checked before gigabytes are read.
     settings: dict[str, Any] = {
         "fusion": fusion,
@@ -87,13 +88,37 @@ def build_model(
 
     tower = AutoModel.from_pretrained(vision_tower, config=_vision_config(vision_tower), **options)
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model, **options)
-    head = _plain_head(causal_lm)
-    config = IgvaLlavaConfig(vision_config=tower.config, text_config=causal_lm.config, dtype=dtype, **settings)
     for part, source in ((tower, vision_tower), (causal_lm, language_model)):
-        _mark_initialized(part)
         if Path(source).is_dir():
             # A checkpoint names the hub repositories that it came from, but no folder of this machine.
             part.config.name_or_path = ""
+    return assemble_model(tower, causal_lm, len(tokenizer), settings, dtype=dtype)
+
+
+def assemble_model(
+    tower: PreTrainedModel,
+    causal_lm: PreTrainedModel,
+    num_tokens: int,
+    settings: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> IgvaLlavaForConditionalGeneration:
+    """A model around loaded parts; projector and fusion are new.
+
+    Args:
+        tower: the vision tower.
+        causal_lm: the language model with its head; its embeddings grow where ``<image>`` does not fit.
+        num_tokens: of the tokenizer that knows ``<image>``.
+        settings: fields of :class:`model.configuration.IgvaLlavaConfig`, ``image_token_id`` among them.
+        dtype: of all parameters.
+
+    Raises:
+        ValueError: as :func:`build_model`.
+    """
+    head = _plain_head(causal_lm)
+    config = IgvaLlavaConfig(vision_config=tower.config, text_config=causal_lm.config, dtype=dtype, **settings)
+    for part in (tower, causal_lm):
+        _mark_initialized(part)
     model = IgvaLlavaForConditionalGeneration(config, vision_tower=tower, language_model=causal_lm.base_model)
     model.set_output_embeddings(head)
     model.tie_weights()
@@ -102,7 +127,7 @@ def build_model(
     model.generation_config = causal_lm.generation_config
     vocab_size = config.text_config.vocab_size
     if config.image_token_id >= vocab_size:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_VOCABULARY_MULTIPLE)
+        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE)
     # Rows that no text ever trained: a picture's place and the padding of the vocabulary are no answers.
     no_answer = {config.image_token_id, *range(vocab_size, config.text_config.vocab_size)}
     model.generation_config.suppress_tokens = sorted(no_answer)
@@ -134,7 +159,7 @@ def build_processor(
         ValueError: the tokenizer's ``<image>`` is not the config's, the encoder's width is not the fusion's ``text_dim``, or
             there is no image processor for the tower.
     """
-    tokenizer = _tokenizer_with_image_token(language_model)
+    tokenizer = tokenizer_with_image_token(language_model)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if image_token_id != config.image_token_id:
         raise ValueError(
@@ -149,8 +174,7 @@ def build_processor(
         tokenizer,
         chat_template=templates,
         image_token=IMAGE_TOKEN,
-        patch_size=config.patch_size,
-        token_pooling=config.token_pooling,
+        **asdict(config.image_tokens),
     )
     if sentence_encoder is not None:
         encoder = SentenceEncoder(sentence_encoder) if isinstance(sentence_encoder, (str, Path)) else sentence_encoder
@@ -169,7 +193,7 @@ def _vision_config(vision_tower: str | Path) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def _tokenizer_with_image_token(language_model: str | Path) -> Any:
+def tokenizer_with_image_token(language_model: str | Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -189,7 +213,7 @@ def _default_template(tokenizer: Any, chat_template: str | None) -> str:
 
 
 def _image_processor(vision_tower: str | Path, config: IgvaLlavaConfig, image_size: int) -> Any:
-    config.image_grid(image_size, image_size)
+    config.image_tokens.count(image_size, image_size)
     square = {"height": image_size, "width": image_size}
     # Shortest edge to the side asked for, then the centre.
     size = {"size": {"shortest_edge": image_size}, "crop_size": square, "do_resize": True, "do_center_crop": True}

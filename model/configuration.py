@@ -11,23 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from igva_kernels import FusionPlan
 from igva_kernels.towers import num_prefix_tokens_of
-
-_IGVA_DEFAULTS: dict[str, Any] = {
-    "type": "igva",
-    "num_groups": 4,
-    "groups": None,
-    "base": -2,
-    "order": "fused_first",
-    "stage": 2,
-    "summary": "cls",
-    "text_dim": 768,
-    "hidden_dim": 1024,
-    "num_blocks": 4,
-    "num_heads": 4,
-    "streaming": "auto",
-}
-_LLAVA_DEFAULTS: dict[str, Any] = {"type": "llava", "layer": -2, "streaming": "auto"}
-_FUSION_DEFAULTS = {"igva": _IGVA_DEFAULTS, "llava": _LLAVA_DEFAULTS}
+from model.fusions import Fusion, complete_options, make_fusion
+from model.image_tokens import ImageTokens
 
 
 class IgvaLlavaConfig(PreTrainedConfig):
@@ -45,7 +30,9 @@ class IgvaLlavaConfig(PreTrainedConfig):
             the instruction; ``text_dim`` is the width of the sentence embeddings (768 for all-mpnet-base-v2); the other sizes
             are those of :class:`igva_kernels.modules.WeightAllocator`.
 
-            ``{"type": "llava", "layer": -2, "streaming": "auto"}``: one layer, as LLaVA-1.5.
+            Other types, with their options in :mod:`model.fusions`: ``llava``, ``layers``, ``vip_llava``, ``dense_connector``
+            (``variant`` ``dci``, ``sci`` or ``sti``), ``mmfuser``, ``tgif``, ``scalar_mix``, ``mixture_of_layers``,
+            ``multi_layer_sum``. The projector's width and the number of image tokens follow from the type.
 
             ``streaming`` says how the tower runs: layer by layer, where a frozen tower's groups are reduced as soon as they are
             complete and layers that the plan does not read are neither run nor held (``True``, which raises for towers that
@@ -69,7 +56,7 @@ class IgvaLlavaConfig(PreTrainedConfig):
     Raises:
         TypeError: ``fusion`` is no dict.
         ValueError: an unknown fusion type, key or stage, a tower whose prefix tokens are unknown, an image that the tower or
-            the pooling cannot divide, a plan that does not fit the tower's depth.
+            the pooling cannot divide, a plan that does not fit the tower's depth, a pooling of tokens that are no map.
     """
 
     model_type = "igva_llava"
@@ -94,20 +81,28 @@ class IgvaLlavaConfig(PreTrainedConfig):
         self.vision_config = _vision_part(_sub_config(self.vision_config, "clip_vision_model"))
         self.text_config = _sub_config(self.text_config, "llama")
         self.tie_word_embeddings = self.tie_word_embeddings or bool(getattr(self.text_config, "tie_word_embeddings", False))
-        self.fusion = _complete_fusion(self.fusion)
+        self.fusion = complete_options(self.fusion)
         if self.num_prefix_tokens is None:
             self.num_prefix_tokens = num_prefix_tokens_of(self.vision_config)
         if self.image_size is None:
             self.image_size = _int_of(self.vision_config, "image_size")
         super().__post_init__(**kwargs)
         # Settings that contradict each other are refused here, and not in the first batch.
-        self.fusion_plan()
-        self.image_grid(self.image_size, self.image_size)
+        self._check_tokens()
         if self.num_prefix_tokens == 0 and self.fusion.get("summary") == "cls":
             raise ValueError(
                 f"a {self.vision_config.model_type!r} tower has no CLS token to summarise layers by; "
                 "set fusion={'summary': 'mean_patch', ...}"
             )
+
+    def _check_tokens(self) -> None:
+        tokens = self.image_tokens
+        if tokens.pooled_layers and self.token_pooling is not None:
+            raise ValueError(
+                f"token_pooling={self.token_pooling} averages squares of a map, but the tokens of DenseConnector STI are none; "
+                "leave one of the two out"
+            )
+        tokens.count(self.image_size, self.image_size)
 
     @property
     def patch_size(self) -> int:
@@ -115,18 +110,19 @@ class IgvaLlavaConfig(PreTrainedConfig):
         return _int_of(self.vision_config, "patch_size")
 
     @property
+    def image_tokens(self) -> ImageTokens:
+        """How many tokens an image becomes."""
+        fusion = self.make_fusion()
+        return ImageTokens(self.patch_size, self.token_pooling, fusion.token_reduction, fusion.pooled_layers, fusion.strip)
+
+    @property
     def num_image_tokens(self) -> int:
-        """Placeholders of one image of ``image_size``, after the token pooling."""
-        rows, columns = self.image_grid(self.image_size, self.image_size)
-        return rows * columns
+        """Placeholders of one image of ``image_size``."""
+        return self.image_tokens.count(self.image_size, self.image_size)
 
-    def image_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the image tokens of an image of ``height`` x ``width`` pixels.
-
-        Raises:
-            ValueError: the patches do not divide by ``token_pooling``, or there is not even one.
-        """
-        return image_grid(height, width, self.patch_size, self.token_pooling)
+    def make_fusion(self) -> Fusion:
+        """The configured fusion for the configured tower; it has no parameters itself."""
+        return make_fusion(self.fusion, self.vision_config.num_hidden_layers, self.vision_config.hidden_size)
 
     def fusion_plan(self, stage: int | None = None) -> FusionPlan:
         """The plan of the configured fusion.
@@ -135,34 +131,7 @@ class IgvaLlavaConfig(PreTrainedConfig):
             stage: 1 or 2 for IGVA; by default the configured one. Stage 1 with groups of unequal size has no plan of its own:
                 it is the plan of stage 2 with the weights 1/K, which is what this returns.
         """
-        num_layers = self.vision_config.num_hidden_layers
-        fusion = self.fusion
-        if fusion["type"] == "llava":
-            return FusionPlan.llava(num_layers, layer=fusion["layer"])
-        shape = {key: fusion[key] for key in ("num_groups", "groups", "base", "order")}
-        plan = FusionPlan.igva(num_layers, **shape)
-        if (fusion["stage"] if stage is None else stage) == 1 and _is_even_partition(plan.groups):
-            return FusionPlan.igva_average(num_layers, **shape)
-        return plan
-
-
-def image_grid(height: int, width: int, patch_size: int, token_pooling: int | None) -> tuple[int, int]:
-    """Rows and columns of the image tokens of an image of ``height`` x ``width`` pixels.
-
-    Raises:
-        ValueError: the patches do not divide by ``token_pooling``, or there is not even one.
-    """
-    rows, columns = height // patch_size, width // patch_size
-    if rows < 1 or columns < 1:
-        raise ValueError(f"an image of {height} x {width} pixels holds no patch of {patch_size} x {patch_size}")
-    if token_pooling is None:
-        return rows, columns
-    if rows % token_pooling or columns % token_pooling:
-        raise ValueError(
-            f"token_pooling={token_pooling} does not divide the {rows} x {columns} patches of an image of {height} x {width} "
-            f"pixels (patches of {patch_size}); choose an image_size that is a multiple of {patch_size * token_pooling}"
-        )
-    return rows // token_pooling, columns // token_pooling
+        return self.make_fusion().plan(self.fusion.get("stage") if stage is None else stage)
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
@@ -179,42 +148,6 @@ def _sub_config(config: dict | PreTrainedConfig | None, default_type: str) -> Pr
 def _vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
     part = getattr(config, "vision_config", None)
     return config if part is None else part
-
-
-def _complete_fusion(fusion: dict | None) -> dict[str, Any]:
-    if fusion is None:
-        return dict(_IGVA_DEFAULTS)
-    if not isinstance(fusion, dict):
-        raise TypeError(f"fusion must be a dict such as {{'type': 'igva'}}, got {fusion!r}")
-    kind = fusion.get("type", "igva")
-    if kind not in _FUSION_DEFAULTS:
-        raise ValueError(f"fusion type {kind!r} is unknown, expected one of {sorted(_FUSION_DEFAULTS)}")
-    defaults = _FUSION_DEFAULTS[kind]
-    if unknown := sorted(set(fusion) - set(defaults)):
-        raise ValueError(f"fusion has the unknown keys {unknown}; type {kind!r} knows {sorted(defaults)}")
-    complete = {**defaults, **fusion}
-    if complete["streaming"] not in (True, False, "auto"):
-        raise ValueError(f"fusion streaming must be True, False or 'auto', got {complete['streaming']!r}")
-    if kind == "igva":
-        check_stage(complete["stage"])
-        if complete["summary"] not in ("cls", "mean_patch"):
-            raise ValueError(f"fusion summary must be 'cls' or 'mean_patch', got {complete['summary']!r}")
-        if complete["groups"] is not None:
-            # Lists, as JSON gives them back, so that a config equals its reloaded self.
-            complete["groups"] = [list(group) for group in complete["groups"]]
-            complete["num_groups"] = len(complete["groups"])
-    return complete
-
-
-def check_stage(stage: int) -> None:
-    """Raises ValueError unless ``stage`` is 1 or 2."""
-    if stage not in (1, 2):
-        raise ValueError(f"stage must be 1 (plain average) or 2 (weights of the instruction), got {stage!r}")
-
-
-def _is_even_partition(groups: tuple[tuple[int, ...], ...]) -> bool:
-    layers = [layer for group in groups for layer in group]
-    return len({len(group) for group in groups}) == 1 and len(set(layers)) == len(layers)
 
 
 def _int_of(config: PreTrainedConfig, name: str) -> int:

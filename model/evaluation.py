@@ -287,7 +287,7 @@ def _embeds(
     policy: InstructionPolicy,
 ) -> Tensor | None:
     """(n, E) for all questions; None where the model does not read them or the processor cannot make them."""
-    if model.fusion_stage != 2 or processor.sentence_encoder is None:
+    if not model.reads_instruction or processor.sentence_encoder is None:
         return None
     texts = [[turn.text for turn in turns if turn.role == "user"] for turns in questions]
     return embed_instructions(texts, processor.encode_instructions, policy)

@@ -19,11 +19,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from igva_kernels import FusionPlan, GroupMeans, fuse, mix
-from igva_kernels.modules import IGVAFusion, WeightAllocator
+from igva_kernels import FusionPlan
+from igva_kernels.modules import MixtureOfLayersRouter, MMFuserFusion, ScalarMix, reduce_tokens
 from igva_kernels.towers import selected_hidden_states, stream_group_means, unsupported_reason
-from model.configuration import IgvaLlavaConfig, check_stage, image_grid
+from model.configuration import IgvaLlavaConfig
 from model.cross_entropy import LanguageModelHead
+from model.fusions import FusionInputs, Maps, check_stage
 from model.loss import token_exact_loss
 
 logger = logging.get_logger(__name__)
@@ -36,13 +37,18 @@ _IMAGE_INPUTS = ("pixel_values", "instruction_embeds", "image_to_sentence", "mm_
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+#: Fusion modules whose parameters do not begin as those of the linear layers in them. Modules without parameters of their own
+#: cannot stand here: transformers passes them over.
+_FUSION_PARTS = (MixtureOfLayersRouter, MMFuserFusion, ScalarMix)
+
+
 @dataclass
 class IgvaLlavaImageFeatures(BaseModelOutputWithPooling):
     """Image features; ``pooler_output`` is where generate() of transformers looks for them.
 
     Args:
-        pooler_output: (B, N', H), the projected tokens; N' is N, or N / token_pooling².
-        fusion_weights: (B, K) in float32; None where no weights were computed (stage 1, or fusion type ``llava``).
+        pooler_output: (B, N', H), the projected tokens; N' is what :class:`model.image_tokens.ImageTokens` counts.
+        fusion_weights: (B, K) in float32; None where the instruction gave none (stage 1, or a fusion that does not read it).
     """
 
     fusion_weights: Tensor | None = None
@@ -67,8 +73,8 @@ class IgvaLlavaOutput(ModelOutput):
     past_key_values: the cache.
     hidden_states, attentions: those of the language model, where asked for.
     image_hidden_states: (B, N', H), the projected image tokens; None without images.
-    fusion_weights: (B, K) in float32, the weight of each group for each image; None without images, in stage 1 and for the
-        fusion type ``llava``.
+    fusion_weights: (B, K) in float32, the weight of each group for each image; None without images, in stage 1 and for
+        fusions that do not read the instruction.
     cross_entropy, balance: the parts of the loss, without gradient; see :class:`model.loss.TokenExactLoss`.
     """
 
@@ -84,14 +90,14 @@ class IgvaLlavaOutput(ModelOutput):
 
 
 class IgvaLlavaProjector(nn.Module):
-    """Linear–activation–Linear from the S·D channels of the fused map to the H of the language model, norms at will.
+    """Linear–activation–Linear from the C channels of the fused tokens to the H of the language model, norms at will.
 
     The linear layers have the names of transformers' Llava projector.
     """
 
     def __init__(self, config: IgvaLlavaConfig) -> None:
         super().__init__()
-        in_dim = config.fusion_plan().num_slots * config.vision_config.hidden_size
+        in_dim = config.make_fusion().width
         out_dim = config.text_config.hidden_size
         self.input_norm = nn.LayerNorm(in_dim) if config.projector_input_norm else nn.Identity()
         self.linear_1 = nn.Linear(in_dim, out_dim)
@@ -100,7 +106,7 @@ class IgvaLlavaProjector(nn.Module):
         self.output_norm = nn.LayerNorm(out_dim) if config.projector_output_norm else nn.Identity()
 
     def forward(self, fused: Tensor) -> Tensor:
-        """(B, N', S·D) to (B, N', H), in the dtype of the projector."""
+        """(B, N', C) to (B, N', H), in the dtype of the projector."""
         hidden = self.input_norm(fused.to(self.linear_1.weight.dtype))
         return self.output_norm(self.linear_2(self.act(self.linear_1(hidden))))
 
@@ -130,7 +136,7 @@ class IgvaLlavaPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.get_parameter("weight"), std=getattr(self.config.text_config, "initializer_range", 0.02))
         elif isinstance(module, nn.MultiheadAttention):
             module._reset_parameters()
-        elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+        elif isinstance(module, (nn.Linear, nn.LayerNorm)) or (isinstance(module, _FUSION_PARTS) and _is_new(module)):
             module.reset_parameters()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -158,10 +164,10 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if language_model is not None:
             config.text_config = language_model.config
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.fusion = _fusion_module(config)
+        self._method, self._tokens = config.make_fusion(), config.image_tokens
+        self.fusion = self._method.make_module()
         self.multi_modal_projector = IgvaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
-        self._plans = {stage: config.fusion_plan(stage) for stage in (1, 2)}
         parameters = inspect.signature(self.vision_tower.forward).parameters
         self._tower_interpolates_on_request = "interpolate_pos_encoding" in parameters
         self.post_init()
@@ -183,6 +189,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
     def fusion_stage(self) -> int | None:
         """1 or 2; None for a fusion without stages."""
         return self.config.fusion.get("stage")
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the fusion, in its present stage, depends on ``instruction_embeds``."""
+        return self._method.reads_instruction(self.fusion_stage)
 
     def set_fusion_stage(self, stage: int) -> None:
         """Switch IGVA between the plain average (1) and the instruction's weights (2); the config is updated with it.
@@ -210,7 +221,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         Args:
             pixel_values: (B, 3, height, width); the tiles of one picture are images like any other.
             instruction_embeds: (B, E), one sentence embedding an image, or with ``image_to_sentence`` (sentences, E); not read
-                in stage 1. None in stage 2 gives every group the weight 1/K.
+                in stage 1 and by fusions without text. Where they are read, None gives every group the weight 1/K.
             image_to_sentence: (B,) in int64, the row of ``instruction_embeds`` for each image; None where there is one each.
             kwargs: taken for the sake of generate(), which passes ``return_dict``; not read.
 
@@ -220,13 +231,22 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         """
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (images, 3, height, width)")
-        plan = self._plans[self.fusion_stage or 1]
-        maps = self._run_tower(pixel_values, plan)
-        fused, weights = self._fuse(maps, plan, instruction_embeds, image_to_sentence)
-        tokens = self._pool(fused, *pixel_values.shape[-2:])
-        return IgvaLlavaImageFeatures(pooler_output=self.multi_modal_projector(tokens), fusion_weights=weights)
+        height, width = pixel_values.shape[-2:]
+        maps = self._run_tower(pixel_values, self._method.tower_plan(self.fusion_stage))
+        inputs = FusionInputs(
+            self.config.num_prefix_tokens,
+            self._tokens.patches(height, width),
+            self.fusion_stage,
+            instruction_embeds,
+            image_to_sentence,
+        )
+        fused, weights = self._method(self.fusion, maps, inputs)
+        tokens = self.multi_modal_projector(self._pool(fused, height, width))
+        if self._tokens.token_reduction is not None:
+            tokens = reduce_tokens(tokens, self._tokens.pooled_map(height, width), self._tokens.map(height, width))
+        return IgvaLlavaImageFeatures(pooler_output=tokens, fusion_weights=weights)
 
-    def _run_tower(self, pixel_values: Tensor, plan: FusionPlan) -> GroupMeans | tuple[Tensor | None, ...]:
+    def _run_tower(self, pixel_values: Tensor, plan: FusionPlan) -> Maps:
         """The group means of a frozen tower that can run layer by layer; else hidden states."""
         tower, fusion = self.vision_tower, self.config.fusion
         pixel_values = pixel_values.to(tower.dtype)
@@ -249,40 +269,19 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **options)
         return outputs.hidden_states
 
-    def _fuse(
-        self,
-        maps: GroupMeans | tuple[Tensor | None, ...],
-        plan: FusionPlan,
-        instruction_embeds: Tensor | None,
-        image_to_sentence: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        num_prefix_tokens = self.config.num_prefix_tokens
-        if plan.num_groups == 0:
-            if isinstance(maps, GroupMeans):
-                return mix(maps, plan), None
-            return fuse(maps, plan, num_prefix_tokens=num_prefix_tokens), None
-        if self.fusion_stage == 1:
-            fused, _ = self.fusion(maps, None, num_prefix_tokens=num_prefix_tokens)
-            return fused, None
-        if instruction_embeds is None:
-            logger.warning_once(
-                "No instruction_embeds given: every group of layers gets the same weight, as in stage 1. "
-                "Pass instruction_embeds (one per image) to let the instruction choose."
-            )
-        return self.fusion(maps, instruction_embeds, num_prefix_tokens=num_prefix_tokens, image_to_sentence=image_to_sentence)
-
     def _pool(self, fused: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C) to (B, N', C): the mean of squares of ``token_pooling`` x ``token_pooling`` tokens."""
-        size = self.config.token_pooling
-        rows, columns = image_grid(height, width, self.config.patch_size, None)
-        if rows * columns != fused.shape[1]:
+        size = self._tokens.token_pooling
+        rows, columns = self._tokens.patches(height, width)
+        expected = rows * columns + self._tokens.pooled_layers * (rows * columns // self._tokens.strip)
+        if expected != fused.shape[1]:
             raise ValueError(
                 f"the tower gave {fused.shape[1]} tokens after {self.config.num_prefix_tokens} prefix tokens, but images of "
                 f"{height} x {width} pixels have {rows} x {columns} patches; check num_prefix_tokens"
             )
         if size is None:
             return fused
-        image_grid(height, width, self.config.patch_size, size)
+        self._tokens.pooled_map(height, width)
         grid = fused.unflatten(1, (rows // size, size, columns // size, size))
         return grid.mean(dim=(2, 4)).flatten(1, 2)
 
@@ -369,7 +368,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if not any(_is_trainable(part) for part in (self.vision_tower, self.fusion, self.multi_modal_projector) if part):
             return inputs_embeds
         side, instruction_embeds = self.config.image_size, None
-        if self.fusion_stage == 2:
+        if self.reads_instruction:
             instruction_embeds = inputs_embeds.new_zeros(1, self.config.fusion["text_dim"], dtype=torch.float32)
         features = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), instruction_embeds)
         nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
@@ -434,6 +433,11 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
     def fusion_stage(self) -> int | None:
         """1 or 2; None for a fusion without stages."""
         return self.model.fusion_stage
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the fusion, in its present stage, depends on ``instruction_embeds``."""
+        return self.model.reads_instruction
 
     def set_fusion_stage(self, stage: int) -> None:
         """See :meth:`IgvaLlavaModel.set_fusion_stage`."""
@@ -567,8 +571,8 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         images: dict[str, Any] = {name: model_kwargs.pop(name) for name in names}
         pixel_values = images.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            rows, columns = self.config.image_grid(*pixel_values.shape[-2:])
-            owners = self._rows_of_images(input_ids, len(pixel_values), rows * columns)
+            tokens_per_image = self.config.image_tokens.count(*pixel_values.shape[-2:])
+            owners = self._rows_of_images(input_ids, len(pixel_values), tokens_per_image)
             of_row = [(owners == row).nonzero().flatten() for row in range(len(input_ids))]
             order = torch.cat([own for own in of_row for _ in range(expand_size)])
             shared = images.get("image_to_sentence") is not None  # then the sentences stay as they are
@@ -590,16 +594,6 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
 
-def _fusion_module(config: IgvaLlavaConfig) -> IGVAFusion | None:
-    fusion = config.fusion
-    if fusion["type"] != "igva":
-        return None
-    plan = config.fusion_plan(stage=2)
-    sizes = {name: fusion[name] for name in ("text_dim", "hidden_dim", "num_blocks", "num_heads")}
-    allocator = WeightAllocator(num_groups=plan.num_groups, vision_dim=config.vision_config.hidden_size, **sizes)
-    return IGVAFusion(plan, allocator, summary=fusion["summary"])
-
-
 def _check_packed(
     attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None, options: dict[str, Any]
 ) -> None:
@@ -612,6 +606,11 @@ def _check_packed(
     if attention_mask is not None or past_key_values is not None:
         name = "past_key_values" if attention_mask is None else "attention_mask"
         raise ValueError(f"sample_ids is given, so the rows are packed, which {name} does not go with; leave it out")
+
+
+def _is_new(module: nn.Module) -> bool:
+    """Whether no parameter came from a checkpoint; the mark is that of transformers' loading."""
+    return not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
 
 
 def _is_trainable(module: nn.Module) -> bool:

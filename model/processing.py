@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
 from model._hf_compat import load_image_processor
-from model.configuration import image_grid
+from model.image_tokens import ImageTokens
 from model.instruction import Encoder, SentenceEncoder
 
 _ENCODER_FOLDER = "sentence_encoder"
@@ -30,7 +30,7 @@ class IgvaLlavaProcessor(ProcessorMixin):
         chat_template: one Jinja template, or several by name with ``"default"`` among them.
         image_token: the placeholder of a picture.
         patch_size: of the tower, in pixels.
-        token_pooling: of the model; None for none.
+        token_pooling, token_reduction, pooled_layers, strip: of the model, see :class:`model.image_tokens.ImageTokens`.
         sentence_encoder_fingerprint: of the encoder that was saved beside the processor; set by :meth:`save_pretrained`.
 
     Raises:
@@ -45,12 +45,17 @@ class IgvaLlavaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         patch_size: int = 14,
         token_pooling: int | None = None,
+        token_reduction: int | None = None,
+        pooled_layers: int = 0,
+        strip: int = 8,
         sentence_encoder_fingerprint: str | None = None,
     ) -> None:
         self.image_token = image_token
         self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.patch_size = patch_size
         self.token_pooling = token_pooling
+        self.token_reduction = token_reduction
+        self.pooled_layers, self.strip = pooled_layers, strip
         self._sentence_encoder: Encoder | None = None
         ids = tokenizer.encode(image_token, add_special_tokens=False)
         if len(ids) != 1:
@@ -125,8 +130,8 @@ class IgvaLlavaProcessor(ProcessorMixin):
         """Placeholders of a picture of this size in pixels; by default of the size that the image processor makes."""
         if height is None or width is None:
             height, width = self.output_size
-        rows, columns = image_grid(height, width, self.patch_size, self.token_pooling)
-        return rows * columns
+        tokens = ImageTokens(self.patch_size, self.token_pooling, self.token_reduction, self.pooled_layers, self.strip)
+        return tokens.count(height, width)
 
     @property
     def output_size(self) -> tuple[int, int]:

@@ -112,7 +112,7 @@ class IGVAFusion(nn.Module):
 
     def _weights(self, summaries: Tensor, instruction_embeds: Tensor | None, image_to_sentence: Tensor | None) -> Tensor:
         if image_to_sentence is not None:
-            instruction_embeds = _sentence_of_each_image(instruction_embeds, image_to_sentence, summaries.shape[0])
+            instruction_embeds = sentence_of_each_image(instruction_embeds, image_to_sentence, summaries.shape[0])
         if instruction_embeds is None:
             num_groups = self.plan.num_groups
             return summaries.new_full((summaries.shape[0], num_groups), 1.0 / num_groups, dtype=_wide(summaries))
@@ -126,7 +126,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _sentence_of_each_image(instruction_embeds: Tensor | None, image_to_sentence: Tensor, num_images: int) -> Tensor:
+def sentence_of_each_image(instruction_embeds: Tensor | None, image_to_sentence: Tensor, num_images: int) -> Tensor:
     """(sentences, E) to (B, E)."""
     if instruction_embeds is None:
         raise ValueError("image_to_sentence given without instruction_embeds: there are no sentences to point at; pass both")

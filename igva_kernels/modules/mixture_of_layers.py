@@ -89,11 +89,16 @@ class MixtureOfLayersRouter(nn.Module):
         self.query = nn.Linear(text_dim, key_dim, bias=False)
         # Not a Linear: it is never called, and a sharding wrapper gathers only what the module that runs holds itself.
         self.key_weight = nn.Parameter(torch.empty(key_dim, vision_dim))
-        nn.init.kaiming_uniform_(self.key_weight, a=5**0.5)  # as a Linear starts
         if level == "hybrid":
             self.reserve_column = self._column_of(reserve)
             self.blend = nn.Linear(text_dim, 1)
             self.reserve_gate = nn.Linear(1, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Keys as those of a Linear, the gates at 1/2; the query's Linear resets itself."""
+        nn.init.kaiming_uniform_(self.key_weight, a=5**0.5)
+        if self.level == "hybrid":
             for gate in (self.blend, self.reserve_gate):
                 nn.init.zeros_(gate.weight)
                 nn.init.zeros_(gate.bias)

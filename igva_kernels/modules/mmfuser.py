@@ -76,9 +76,11 @@ class MMFuserFusion(nn.Module):
         self.self_scale = nn.Parameter(torch.zeros(vision_dim))
 
     def reset_parameters(self) -> None:
-        """The released code's initial values of the scales; the attentions and norms reset theirs themselves."""
+        """The released code's initial values of scales and attentions; the norms reset themselves."""
         nn.init.zeros_(self.cross_scale)
         nn.init.zeros_(self.self_scale)
+        self.cross_attn.reset_parameters()
+        self.self_attn.reset_parameters()
 
     def forward(
         self, hidden_states: Sequence[Tensor | None], *, num_prefix_tokens: int, grid: tuple[int, int] | None = None

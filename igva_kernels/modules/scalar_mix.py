@@ -40,6 +40,12 @@ class ScalarMix(nn.Module):
         self.weights = nn.Parameter(torch.zeros(plan.num_groups))
         self.register_parameter("scale", nn.Parameter(torch.ones(1)) if scale else None)
 
+    def reset_parameters(self) -> None:
+        """The plain mean."""
+        nn.init.zeros_(self.weights)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
     def mixing_weights(self) -> Tensor:
         """The (K,) factors of the layers: a softmax in float32 at least, times the scale."""
         weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32)).softmax(0)

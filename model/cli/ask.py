@@ -58,7 +58,7 @@ def ask(
 
     pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
     embeds = None
-    if model.fusion_stage == 2 and processor.sentence_encoder is not None:
+    if model.reads_instruction and processor.sentence_encoder is not None:
         embeds = embed_instructions([[question]], processor.encode_instructions)
     prompt = render_prompt(processor, [Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}")])
     answers, weights = generate_answers(model, processor, [prompt], pixel_values, embeds, max_new_tokens=max_new_tokens)

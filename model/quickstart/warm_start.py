@@ -61,7 +61,7 @@ def cache_features(
     The model's own tower, fusion and pooling are run; the projector's input is taken as it arrives.
 
     Args:
-        model: in stage 1.
+        model: in stage 1, or with a fusion without stages.
         samples: with one picture each.
         aspect_ratio: as in the training that follows, see :func:`model.data.images.make_square`.
         batch_size: pictures at once.
@@ -71,9 +71,9 @@ def cache_features(
         (samples, N', S·D), float32 on the CPU.
 
     Raises:
-        ValueError: the model is not in stage 1, or a sample has not exactly one picture.
+        ValueError: the model is in stage 2, or a sample has not exactly one picture.
     """
-    if model.fusion_stage != 1:
+    if model.fusion_stage == 2:
         raise ValueError(f"the warm start needs the plain average of stage 1, got a model in stage {model.fusion_stage}")
     for sample in samples:
         if len(sample.images) != 1:
@@ -110,7 +110,7 @@ def warm_start(
     """Train the projector on cached features, in place; every other parameter stays as it is.
 
     Args:
-        model: in stage 1.
+        model: in stage 1, or with a fusion without stages.
         processor: its processor.
         samples: pictures with a caption of bare words as the answer.
         steps: optimizer steps (AdamW; the learning rate rises for a tenth of them and falls as a cosine).

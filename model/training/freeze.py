@@ -1,7 +1,8 @@
 """What learns in which stage, said aloud.
 
 Stage 1 trains the projector under the plain average of the layers; stage 2 trains projector, allocator and language
-model. The vision tower never learns (LLaVA-1.5 and the released IGVA scripts freeze it in both stages).
+model. What other fusions than IGVA learn (MMFuser's block, TGIF's router) learns with the projector, in both stages, as in
+their released scripts. The vision tower never learns (LLaVA-1.5 and the released IGVA scripts freeze it in both stages).
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def apply_stage(
     model.requires_grad_(False)
     parts = dict(_parts(model))
     parts["projector"].requires_grad_(True)
+    if "fusion" in parts:
+        parts["fusion"].requires_grad_(True)
     if stage == 2:
         if "allocator" in parts:
             parts["allocator"].requires_grad_(True)
@@ -136,6 +139,8 @@ def _parts(model: IgvaLlavaForConditionalGeneration) -> Iterator[tuple[str, nn.M
     allocator = getattr(inner.fusion, "allocator", None)
     if allocator is not None:
         yield "allocator", allocator
+    elif inner.fusion is not None:
+        yield "fusion", inner.fusion
     yield "projector", inner.multi_modal_projector
     yield "language_model", inner.language_model
     yield "lm_head", model.lm_head

@@ -27,6 +27,7 @@ from model.data.batches import StepBatchSampler
 from model.data.collator import ImageTextCollator, PackingCollator
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import Sample, read_llava_json
+from model.fusions import takes_text
 from model.instruction import InstructionCache, InstructionPolicy, SentenceEncoder, instruction_texts
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
@@ -80,7 +81,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     with ranks.main_process_first():
         if ranks.is_main_process:
             folders.start()
-        train_data, eval_data = load_data(recipe, processor, folders.instructions)
+        train_data, eval_data = load_data(recipe, processor, folders.instructions, reads_instruction=model.reads_instruction)
     say(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
 
     arguments = training_arguments(recipe, folders)
@@ -144,7 +145,7 @@ def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, 
         if source.vision_tower is None or source.language_model is None:
             raise ValueError("a new model needs model.vision_tower and model.language_model; or give model.checkpoint")
         fusion = dict(source.fusion or {"type": "igva"})
-        if encoder is not None and fusion.get("type", "igva") == "igva":
+        if encoder is not None and takes_text(fusion):
             fusion.setdefault("text_dim", encoder.dimension)
         model = build_model(
             source.vision_tower,
@@ -165,15 +166,20 @@ def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, 
 
 
 def load_data(
-    recipe: TrainRecipe, processor: IgvaLlavaProcessor, cache_folder: Path
+    recipe: TrainRecipe, processor: IgvaLlavaProcessor, cache_folder: Path, *, reads_instruction: bool | None = None
 ) -> tuple[LlavaDataset, LlavaDataset | None]:
-    """The data to train on and those held out; every instruction is embedded before the first step."""
+    """The data to train on and those held out; every instruction is embedded before the first step.
+
+    ``reads_instruction`` says whether the model's fusion reads them; None: in stage 2, as IGVA's.
+    """
     source = recipe.data
     samples = read_llava_json(source.path, source.image_folder)
     held_out = read_llava_json(source.eval_path, source.image_folder) if source.eval_path else None
     embed = None
-    # Stage 1 averages the layers whatever the instruction is.
-    if recipe.stage == 2 and processor.sentence_encoder is not None:
+    if reads_instruction is None:
+        reads_instruction = recipe.stage == 2
+    # IGVA's stage 1 averages the layers whatever the instruction is.
+    if reads_instruction and processor.sentence_encoder is not None:
         cache = InstructionCache(source.instruction_cache or cache_folder, processor.sentence_encoder)
         fill_cache(cache, samples + (held_out or []), source.instruction_policy)
         embed = cache.get

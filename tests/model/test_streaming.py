@@ -119,7 +119,7 @@ def test_streaming_that_is_insisted_on_and_impossible_is_an_error(make_model, ma
 
 
 def test_an_unknown_setting_is_refused(make_config):
-    with pytest.raises(ValueError, match="streaming must be True, False or 'auto', got 'yes'"):
+    with pytest.raises(ValueError, match="streaming must be one of True, False, 'auto', got 'yes'"):
         make_config(fusion={"streaming": "yes"})
 
 
