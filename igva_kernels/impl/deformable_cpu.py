@@ -167,9 +167,12 @@ def _grad_of_rows(grad_rows: Tensor, rows: Tensor, shares: Tensor, num_rows: int
 def _products_with_rows(grad_rows: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     """The product of each corner's row with the gradient of its bag, in the shape of ``rows``."""
     bags = _as_bags(rows)
+    (num_bags, per_bag), channels = bags.shape, table.shape[1]
     products = table.new_empty(bags.shape)
-    step = max(1, TILE_ELEMENTS // max(1, bags.shape[1] * table.shape[1]))
-    for start in range(0, bags.shape[0], step):
-        tile = slice(start, start + step)
-        torch.bmm(table[bags[tile]], grad_rows[tile, :, None], out=products[tile, :, None])
+    step = max(1, TILE_ELEMENTS // (per_bag * channels))
+    gathered = table.new_empty(min(step, num_bags) * per_bag, channels)  # one buffer, which stays in the cache
+    for start in range(0, num_bags, step):
+        tile = bags[start : start + step]
+        values = torch.index_select(table, 0, tile.flatten(), out=gathered[: tile.numel()]).view(*tile.shape, channels)
+        torch.linalg.vecdot(values, grad_rows[start : start + step, None], out=products[start : start + step])
     return products.view(rows.shape)
