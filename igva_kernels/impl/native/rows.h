@@ -107,6 +107,7 @@ INLINE double dot_row(int type, const float *left, const char *right, int64_t wi
 {
     step total = {{0}, {0}};
     FOR_STEPS(width, {
+        __builtin_prefetch(right + (width + index) * size_of(type)); /* the row after it: few streams leave the prefetchers idle */
         const step a = load_scratch(left, index), b = in_order(type, load(type, right, index, count));
         total = add(total, multiply_steps(a, b));
     });
