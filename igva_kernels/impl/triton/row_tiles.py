@@ -26,11 +26,9 @@ def load_row(
     row = ()
     for piece in tl.static_range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        if (piece + 1) * BLOCK <= D:
-            row = row + (tl.load(pointer + column, mask=exists, other=0.0, eviction_policy=POLICY),)
-        else:
-            inside = exists & (column // VEC < D // VEC)  # [BLOCK] in units of VEC, see tile_offsets
-            row = row + (tl.load(pointer + column, mask=inside, other=0.0, eviction_policy=POLICY),)
+        # in units of VEC, see tile_offsets; a select and not a product of masks, as Triton 3.9 interprets no mixed ones
+        inside = tl.where(exists, column // VEC, D // VEC) < D // VEC  # [BLOCK]
+        row = row + (tl.load(pointer + column, mask=inside, other=0.0, eviction_policy=POLICY),)
     return row
 
 
