@@ -88,5 +88,6 @@ def launch_patch_sums(streams: Streams, schedule: Schedule, num_patches: int, fi
                 COLUMNS=columns,
                 VEC=vec,
                 num_warps=warps_of(ROWS * ACCESSES_PER_ROW),
+                enable_fp_fusion=False,  # see tiles.py
             )
     return partials
