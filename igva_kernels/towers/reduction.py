@@ -21,9 +21,9 @@ Where it does not, the layer order moves 26 M a group even if every hidden state
     16        18.9 MB     604 MB, 201 µs      1963 to 2416 MB, 654 to 805 µs
 
 On paper the group order wins in traffic, draws for a single image, and needs 4 launches for the means in place of 28; the layer
-order wins in memory. Kept at most, against 25 M for the tuple of hidden states: 14 M in the group order with float32 means (4 means and one
-group, in which the base lies), 10 M with 16-bit means, 10 M in the layer order. ``"group"`` is the default. Nothing of this has
-been measured: a card must decide.
+order wins in memory. Kept at most, against 25 M for the tuple of hidden states: 14 M in the group order with float32 means (4
+means and one group, in which the base lies), 10 M with 16-bit means, 10 M in the layer order. ``"group"`` is the default.
+Nothing of this has been measured: a card must decide (``python -m benchmarks --part vision``).
 
 Shapes: B images · T tokens with prefix · P prefix tokens · N = T − P patches · D vision width · K weighted groups.
 """

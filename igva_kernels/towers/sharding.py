@@ -13,7 +13,8 @@ _METHOD = "_igva_as_forward"
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP2's ``fully_shard`` was applied to this very module."""
-    return hasattr(module, "_get_fsdp_state")  # what it adds; asking for its class would import torch.distributed.fsdp
+    # One of the methods that it adds; to ask for its class would import torch.distributed.fsdp.
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

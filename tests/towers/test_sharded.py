@@ -21,7 +21,7 @@ def test_two_ranks_equal_one_process_without_sharding():
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }  # a script's own folder is on its path, not ours
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)  # a hang guard
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)  # a hang guard
     assert done.returncode == 0, done.stdout + done.stderr
     towers = ("clip_vision_model", "clip_with_projection", "dinov2")
     lines = [(f"streams {tower} tower", f"streams {tower} module", f"trains {tower}") for tower in towers]
