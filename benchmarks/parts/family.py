@@ -174,6 +174,8 @@ def measure_deformable_attention(context: Context, batch: int, mode: str) -> Non
         return [out, *torch.autograd.grad(out, (value, locations, weights), grad_out)]
 
     functions = {OURS: multi_scale_deformable_attention, BASELINE: grid_sample_deformable_attention}
+    if mode == "trainable" and context.device.type == "cuda":  # the other way to sum the gradient of the value
+        functions["igva_kernels, atomic additions"] = partial(multi_scale_deformable_attention, deterministic=False)
     sets: list[list[Tensor]] = []
 
     def prepare(name: str) -> list[Closure]:
