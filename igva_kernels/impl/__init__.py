@@ -1,1 +1,1 @@
-"""The implementations of the operators: ``reference``, ``cpu`` (named ``"torch"``) and ``triton``. They share no state."""
+"""The operators' implementations: ``reference``, ``cpu`` (named ``"torch"``), ``native``, ``triton``. They share no state."""
