@@ -194,6 +194,7 @@ def _vision_config(vision_tower: str | Path) -> PreTrainedConfig:
 
 
 def tokenizer_with_image_token(language_model: str | Path) -> Any:
+    """The tokenizer of a folder or hub name, with ``<image>`` added where it lacks it."""
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

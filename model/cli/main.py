@@ -17,6 +17,8 @@ _COMMANDS = (
     ("ask", "model.cli.ask", "ask a trained model about a picture"),
     ("evaluate", "model.cli.evaluate", "exact match of a trained model on a LLaVA JSON file"),
     ("embed", "model.cli.embed", "embed the instructions of a LLaVA JSON file ahead of a run"),
+    ("convert", "model.cli.convert", "checkpoints of other code bases to ours and back"),
+    ("compare", "model.quickstart.compare", "several fusions on the quickstart task, side by side"),
     ("quickstart", "model.quickstart.run", "train and evaluate a small model on real pictures on a CPU"),
 )
 
