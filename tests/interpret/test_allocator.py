@@ -61,10 +61,13 @@ def run(allocator: WeightAllocator, summaries: Tensor, embeds: Tensor, grad_out:
 
 @pytest.fixture(autouse=True)
 def _interpreted(kernels, monkeypatch) -> None:
-    """No test runs before it is certain that the kernels are interpreted. Two slices instead of eight: small widths then
-    take several steps, the last one incomplete."""
-    from igva_kernels.impl.triton import allocator_tiles
+    """No test runs before all kernels are decorated, and it is certain that they are interpreted.
 
+    Two slices instead of eight: small widths then take several steps, the last one incomplete.
+    """
+    from igva_kernels.impl.triton import allocator, allocator_tiles
+
+    assert type(allocator.head_kernel).__name__ == "InterpretedFunction"
     monkeypatch.setattr(allocator_tiles, "THREADS", 2 * allocator_tiles.launch.WARP)
 
 
