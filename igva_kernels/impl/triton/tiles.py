@@ -4,9 +4,10 @@ Two shapes of tile. A *flat* tile is BLOCK consecutive elements of one image, wh
 no lane is wasted on a D that is not a power of two. A *row* tile is one row, see row_tiles.py: for weights per token,
 which are then scalars of the program, and for norms, which are sums over the row.
 
-All kernels are compiled without contraction (``enable_fp_fusion=False``) and say ``tl.fma`` where they want it. Which of
-two products of a sum the compiler would contract depends on what surrounds them, and the group means of ``reduce_groups``
-in float32, mixed by ``mix``, are to be bitwise what ``fuse`` makes of the states in one pass.
+The kernels of the mix are compiled without contraction (``enable_fp_fusion=False``) and say ``tl.fma`` where they want
+it. Which of two products of a sum the compiler would contract depends on what surrounds them and, from Triton 3.10 on,
+on another default; and the group means of ``reduce_groups`` in float32, mixed by ``mix``, are to be bitwise what ``fuse``
+makes of the states in one pass.
 """
 
 from __future__ import annotations
