@@ -318,13 +318,16 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         features = self._image_features(pixel_values, instruction_embeds, image_to_sentence, mm_encoder_outputs)
+        # Before the embeddings, as images are: ranks must gather sharded weights in the same order.
+        black_image = self._tokens_of_a_black_image(input_ids) if features is None and input_ids is not None else None
         if input_ids is not None:
             is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if features is not None or is_prefill:
                 inputs_embeds = self._merge(input_ids, inputs_embeds, features)
-            if features is None and self.training and torch.is_grad_enabled():
-                inputs_embeds = self._touch_vision_part(inputs_embeds)
+            if black_image is not None:
+                nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
+                inputs_embeds = inputs_embeds.masked_scatter(nowhere, black_image.to(inputs_embeds))
         elif features is not None:
             raise ValueError("images need input_ids, which mark their places; inputs_embeds cannot be searched for them")
         outputs = self.language_model(
@@ -359,20 +362,20 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             raise ValueError("instruction_embeds given without pixel_values: there is no image to weigh the layers of")
         return encoded
 
-    def _touch_vision_part(self, inputs_embeds: Tensor) -> Tensor:
-        """The embeddings as they are, with a gradient of 0 for all that learns in tower, fusion and projector.
+    def _tokens_of_a_black_image(self, input_ids: Tensor) -> Tensor | None:
+        """Tokens (N', H) of a black image: a training batch without images puts them nowhere, for their gradient of 0.
 
-        Ranks that saw images reduce those gradients, or gather those weights, and would wait for ever for one that saw none.
-        So a training batch without images runs the vision part on one black image and puts none of its tokens anywhere.
+        Ranks that saw images reduce gradients of tower, fusion and projector, or gather their weights, and would wait for ever
+        for one that saw none. None where nothing of them learns, and outside of training.
         """
-        if not any(_is_trainable(part) for part in (self.vision_tower, self.fusion, self.multi_modal_projector) if part):
-            return inputs_embeds
-        side, instruction_embeds = self.config.image_size, None
+        parts = (self.vision_tower, self.fusion, self.multi_modal_projector)
+        if not self.training or not torch.is_grad_enabled() or not any(_is_trainable(part) for part in parts if part):
+            return None
+        side, device, instruction_embeds = self.config.image_size, input_ids.device, None
         if self.reads_instruction:
-            instruction_embeds = inputs_embeds.new_zeros(1, self.config.fusion["text_dim"], dtype=torch.float32)
-        features = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), instruction_embeds)
-        nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
-        return inputs_embeds.masked_scatter(nowhere, features.pooler_output.flatten(0, 1).to(inputs_embeds))
+            instruction_embeds = torch.zeros(1, self.config.fusion["text_dim"], device=device)
+        features = self.get_image_features(torch.zeros(1, 3, side, side, device=device), instruction_embeds)
+        return features.pooler_output.flatten(0, 1)
 
     def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures | None) -> Tensor:
         """Overwrite the embeddings at the placeholders, in reading order, after counting both."""

@@ -51,9 +51,10 @@ def main() -> None:
 
     results = {"ddp": gradients(DistributedDataParallel(copy.deepcopy(plain), find_unused_parameters=False), steps)}
     sharded = copy.deepcopy(plain)
-    for layer in sharded.model.language_model.layers:
-        fully_shard(layer)
-    fully_shard(sharded.lm_head)
+    language_model = sharded.model.language_model
+    # Each gathered at its own call: ranks that call them in another order, or not equally often, would not come together.
+    for part in (*language_model.layers, language_model.embed_tokens, sharded.model.multi_modal_projector, sharded.lm_head):
+        fully_shard(part)
     fully_shard(sharded)
     results["fsdp"] = gradients(sharded, steps)
     if dist.get_rank() == 0:
