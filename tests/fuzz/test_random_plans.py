@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from fuzz.cases import DTYPES, ROW_LAYOUTS, SHARINGS, STATE_LAYOUTS, Case, Limits, cases
+from fuzz.cases import DTYPES, ROW_LAYOUTS, STATE_LAYOUTS, Case, Limits, cases
 from fuzz.check import check_determinism, check_fuse, check_summaries, check_two_steps
 
 from igva_kernels.dispatch import implementation
@@ -28,7 +28,7 @@ else:
     IMPLEMENTATIONS = {
         "reference": Limits(),
         "torch": Limits(),
-        "native": Limits(dtypes=DTYPES[:3], layouts=ROW_LAYOUTS, sharings=SHARINGS[:3], norms=False),
+        "native": Limits(dtypes=DTYPES[:3], layouts=ROW_LAYOUTS),
         "auto": Limits(),
     }
 
