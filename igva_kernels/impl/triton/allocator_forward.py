@@ -11,10 +11,10 @@
 | head | linear | | LayerNorm 2 | softmax |
 
 (Sizes for a hidden width of 1024.) Together 54 MB of 16-bit weights, read once: 18 us at 3 TB/s. The chain of 19 dependent
-launches is the rest. The alternative, torch.addmm for the products and a fused kernel for each LayerNorm and attention
-between them, moves the same weights in 22 launches at best (cuBLAS splits the reduction of so few rows over programs and
-adds a second kernel, which makes it up to 35), each of which begins to read its weights only when the one before has ended.
-Here the attention costs no launch: the products of query and keys are summed in the query's program, tile by tile, and what
+launches is the rest. The alternative, torch.addmm for the products and a fused kernel for each attention and each sum with
+its LayerNorm, moves the same weights in 36 launches (2 + 4 for the inputs, keys and values, 7 a block, 2 for the head), and in
+more where cuBLAS splits the reduction of so few rows and adds up in a second kernel; each begins to read its weights when the
+one before has ended and the rows are there. Here the attention costs no launch: the products of query and keys are summed in the query's program, tile by tile, and what
 remains of the softmax is repeated by each program that wants it.
 
 The weights may be rounded to 16 bit; all sums are float32. Query, keys, values, attention output, ReLU and LayerNorm outputs
