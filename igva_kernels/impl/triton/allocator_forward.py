@@ -14,12 +14,14 @@
 launches is the rest. The alternative, torch.addmm for the products and a fused kernel for each attention and each sum with
 its LayerNorm, moves the same weights in 36 launches (2 + 4 for the inputs, keys and values, 7 a block, 2 for the head), and in
 more where cuBLAS splits the reduction of so few rows and adds up in a second kernel; each begins to read its weights when the
-one before has ended and the rows are there. Here the attention costs no launch: the products of query and keys are summed in the query's program, tile by tile, and what
+one before has ended and the rows are there.
+
+Here the attention costs no launch: the products of query and keys are summed in the query's program, tile by tile, and what
 remains of the softmax is repeated by each program that wants it.
 
-The weights may be rounded to 16 bit; all sums are float32. Query, keys, values, attention output, ReLU and LayerNorm outputs
-are rounded to the type of the weights where the stock module rounds them; scores, probabilities, sums of a residual and
-logits are not, and each of the two sums of a block is rounded once instead of twice.
+The weights may be 16 bit; all sums are float32. Query, keys, values, attention output, ReLU and LayerNorm outputs are rounded
+to the type of the weights where the stock module rounds them; scores, probabilities and logits are not, and each of the two
+sums of a block is rounded once instead of twice.
 """
 
 from __future__ import annotations
