@@ -46,6 +46,23 @@ def test_the_tiny_recipes_run(new_model, data_file, tmp_path):
     assert (first["steps"], second["steps"]) == (10, 10)
 
 
+@pytest.mark.parametrize("name", ["dense-connector", "llava", "mmfuser", "scalar-mix", "tgif"])
+def test_the_tiny_recipe_of_every_fusion_runs_in_both_stages(name, new_model, data_file, tmp_path):
+    parts = ("vision_tower", "language_model") + (("sentence_encoder",) if name == "tgif" else ())
+    flags = [f"--model.{part}={new_model[part]}" for part in parts]
+    common = [f"--data.path={data_file}", "--max_steps=2", "--precision=fp32", "--batch_size=2", "--micro_batch_size=2"]
+    recipe = load_recipe(find_recipe(f"{name}-tiny-stage1"), [*flags, *common, f"--output_dir={tmp_path / 'one'}"])
+    first = train(recipe)
+    flags = [f"--model.checkpoint={first['checkpoint']}", f"--output_dir={tmp_path / 'two'}"]
+    second = train(load_recipe(find_recipe("igva-tiny-stage2"), [*flags, *common]))
+    for result in (first, second):
+        assert result["steps"] == 2
+        # What such a fusion learns, it learns with the projector, in both stages.
+        has_module = name in ("mmfuser", "scalar-mix", "tgif")
+        assert ("fusion" in result["parameters"]) == has_module
+        assert not has_module or result["parameters"]["fusion"]["trainable"] > 0
+
+
 def test_every_field_is_documented():
     parser = recipe_parser(with_help=True)
     undocumented = [action.dest for action in parser._actions if not action.help]
