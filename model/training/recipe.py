@@ -48,9 +48,9 @@ class ModelSource:
     image_size: int | None = None
     """Side in pixels to which images are resized; unset: what the vision tower was trained with."""
     fusion: dict[str, Any] | None = None
-    """How the tower's layers are mixed: ``{type: igva, num_groups: 4, base: -2, order: fused_first}`` or ``{type:
-    llava, layer: -2}``. Unset: IGVA with four groups. The width of the instruction embedding is taken from the
-    sentence encoder."""
+    """How the tower's layers are fused: ``{type: igva, num_groups: 4, base: -2, order: fused_first}``, ``{type:
+    dense_connector, variant: dci}`` or another type with its options, see docs/fusions.md. Unset: IGVA with four groups.
+    The width of the instruction embedding is taken from the sentence encoder."""
     token_pooling: int | None = None
     """Side of the square of neighbouring image tokens that is averaged to one before the projector; 2 makes a quarter
     as many."""
@@ -152,7 +152,7 @@ class TrainRecipe:
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector."""
     allocator_learning_rate: float | None = None
-    """Peak learning rate of the weight allocator."""
+    """Peak learning rate of the weight allocator, or of what another fusion learns (MMFuser's block, TGIF's router)."""
     weight_decay: float = 0.0
     """AdamW's weight decay; biases and norms are left out."""
     max_grad_norm: float = 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, SiglipVisionConfig
@@ -233,3 +235,12 @@ def test_pooling_squares_of_tokens_that_are_no_map_is_refused(make_config):
         make_config(fusion=CASES["sti"][0], token_pooling=2)
     with pytest.raises(ValueError, match=r"token_reduction=2 does not divide the 1 x 1 patches"):
         make_config(fusion=CASES["efficient"][0], token_pooling=2)
+
+
+def test_the_page_names_every_type_and_option():
+    page = (Path(__file__).parents[2] / "docs" / "fusions.md").read_text(encoding="utf-8")
+    for options, _, _ in CASES.values():
+        name = options["type"]
+        rows = [line for line in page.splitlines() if line.startswith(f"| `{name}`") and options.get("variant", "") in line]
+        named = " ".join(rows).replace(":", " ").replace(",", " ").replace("`", " ").split()
+        assert rows and set(FUSIONS[name].defaults(options)) <= set(named), name
