@@ -10,7 +10,7 @@ PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model fuzz slow wheel-test quickstart \
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest fuzz slow wheel-test quickstart \
         benchmark gpu clean
 
 help:  ## this list
@@ -49,6 +49,15 @@ test-aot: install  ## the kernels' machine code, compiled ahead of time
 test-model: install  ## model, training, command line, documents
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/model
 
+# Not part of `make test`: another Triton has budgets of its own (budgets*.triton-VERSION.json), and the newest changes.
+NEWEST := build/triton-newest/bin
+test-triton-newest:  ## the kernels' machine code and meaning under the newest Triton, in an environment of its own
+	$(PYTHON) -m venv build/triton-newest
+	$(NEWEST)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt torch numpy pytest pytest-xdist hypothesis
+	$(NEWEST)/pip --disable-pip-version-check install --quiet --upgrade $(PIP_ARGS) triton
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -q $(PARALLEL) -m "not slow" tests/aot
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -q $(PARALLEL) -m "not slow" tests/interpret
+
 test-gpu: install  ## the kernels on a card; skips with one line where there is none
 	$(RUN) -m pytest -q tests/gpu || [ $$? -eq 5 ]
 
@@ -67,7 +76,8 @@ wheel-test: install  ## build the wheel and run the library's tests on its insta
 	$(RUN) -m build --wheel --outdir build/wheel/dist .
 	$(PIP) --no-deps --target build/wheel/site build/wheel/dist/*.whl
 	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site OMP_NUM_THREADS=1 $(CURDIR)/$(RUN) -m pytest -q \
-	    $(PARALLEL) --rootdir $(CURDIR)/tests -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/reference $(CURDIR)/tests/golden
+	    $(PARALLEL) --rootdir $(CURDIR)/tests -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/reference $(CURDIR)/tests/golden \
+	    $(CURDIR)/tests/native/test_build.py
 	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(RUN) -c "import igva_kernels, model; \
 	    print(igva_kernels.__file__, model.__file__); assert 'site' in igva_kernels.__file__ and 'site' in model.__file__"
 
