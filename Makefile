@@ -63,7 +63,7 @@ test-gpu: install  ## the kernels on a card; skips with one line where there is 
 
 # A failing case prints the seed and the number that repeat it.
 N    ?= 10000
-SEED ?= $(shell date +%s)
+SEED := $(or $(SEED),$(shell date +%s))
 fuzz: install  ## N random cases (10000) through the CPU paths, and a tenth of them through the interpreted kernels
 	FUZZ_EXAMPLES=$(N) FUZZ_SEED=$(SEED) $(PYTEST) $(PARALLEL) tests/fuzz
 	TRITON_INTERPRET=1 FUZZ_EXAMPLES=$$(( $(N) / 10 )) FUZZ_SEED=$(SEED) $(PYTEST) $(PARALLEL) tests/fuzz
