@@ -11,7 +11,7 @@ PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest fuzz slow wheel-test quickstart \
-        benchmark gpu clean
+        compare benchmark gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ wheel-test: install  ## build the wheel and run the library's tests on its insta
 
 quickstart: $(VENV)/.quickstart  ## train IGVA on real images on a CPU, about 15 minutes
 	$(RUN) -m model quickstart
+
+compare: $(VENV)/.quickstart  ## LLaVA-1.5, DenseConnector, MMFuser and IGVA on the quickstart's task, about 25 minutes
+	$(RUN) -m model compare
 
 $(VENV)/.quickstart: setup.py constraints.txt model/quickstart/requirements.txt
 	$(PYTHON) -m venv $(VENV)
