@@ -217,7 +217,7 @@ def _reduce_groups_backward(
 ) -> list[Tensor]:
     program = decode_program(plan)
     grad_means = grad_means.contiguous()
-    module = resolve(impl, list(grad_means.unbind(0)), None, program, 0)
+    module = resolve(impl, list(states or grad_means.unbind(0)), None, program, 0)  # asked with the maps whose form is given
     with torch.no_grad():
         return list(module.reduce_backward(grad_means, program, num_prefix_tokens, num_tokens, states=states or None))
 

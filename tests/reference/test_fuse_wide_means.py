@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from igva_kernels import FusionPlan, fuse, mix, reduce_groups
+from igva_kernels import FusionPlan, Norm, Weighted, fuse, mix, reduce_groups
 
 IMPLEMENTATIONS = ["reference", "torch", "auto"]
 
@@ -65,3 +65,22 @@ def test_other_dtypes_are_refused(means_dtype, make_states):
     plan = FusionPlan.igva(4, 2)
     with pytest.raises(ValueError, match=r"means_dtype=.*torch\.float32"):
         reduce_groups(make_states(plan, dtype=torch.bfloat16), plan, num_prefix_tokens=1, means_dtype=means_dtype)
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_normalised_states_of_any_form_have_the_gradient_of_their_values(impl):
+    """What runs the backward is chosen by the states that it reads, not by the gradient alone, which is always contiguous."""
+    plan = FusionPlan(3, (Weighted(((0, 1), (2, 3)), norm=Norm("layer")),))
+    values = [torch.randn(2, 8, 5, dtype=torch.float64) for _ in range(4)]
+    weights, cotangent = torch.rand(2), torch.randn(2, 4, 8)
+
+    def gradients(dtype, impl, transposed):
+        states = [(v if transposed else v.transpose(1, 2).contiguous()).to(dtype).requires_grad_() for v in values]
+        given = [state.transpose(1, 2) if transposed else state for state in states]
+        out = mix(reduce_groups(given, plan, num_prefix_tokens=1, impl=impl), plan, weights.to(dtype), impl=impl)
+        found = torch.autograd.grad(out, states, cotangent.to(dtype))
+        return [grad.transpose(1, 2) if transposed else grad for grad in found]
+
+    exact = gradients(torch.float64, "reference", transposed=False)
+    for grad, expected in zip(gradients(torch.float32, impl, transposed=True), exact, strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
