@@ -161,11 +161,13 @@ CASES = {
     "patch summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=4, writes=4, wide_reads=4),
 }
 
-# Everything in bfloat16 on each target. Other dtypes and widths take the same code with other constants: one target,
-# and the cases that differ most, keep the folder under five minutes.
+# Everything in bfloat16 on each target, those beside sm_90 and gfx942 in the slow tier. Other dtypes and widths take the same
+# code with other constants: one target, and the cases that differ most, keep the folder under five minutes.
+SLOW_TARGETS = ("sm_80", "sm_100")
 BROAD = ["forward", "forward, means saved", "group means", "dw from means", "dw and dh, from states", "patch summaries"]
 MATRIX = [
-    *((case, target, torch.bfloat16, 1024) for case in CASES for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    *((case, target, torch.bfloat16, 1024) for case in CASES for target in ("sm_90", "gfx942")),
+    *(pytest.param(case, target, torch.bfloat16, 1024, marks=pytest.mark.slow) for case in CASES for target in SLOW_TARGETS),
     *((case, "sm_90", torch.float32, 1024) for case in BROAD),
     *((case, "sm_90", torch.bfloat16, 1152) for case in (*BROAD, "forward, weights per token", "sparse, forward")),
     *((case, "sm_90", torch.float16, 1024) for case in ("forward", "dw from means")),
