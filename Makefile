@@ -69,7 +69,8 @@ fuzz: install  ## N random cases (10000) through the CPU paths, and a tenth of t
 	TRITON_INTERPRET=1 FUZZ_EXAMPLES=$$(( $(N) / 10 )) FUZZ_SEED=$(SEED) $(PYTEST) $(PARALLEL) tests/fuzz
 
 slow: install wheel-test  ## the slow tier: long commands with --smoke, and the wheel
-	$(RUN) -m pytest -q -m slow tests
+	$(PYTEST) $(PARALLEL) -m slow tests/aot
+	$(RUN) -m pytest -q -m slow --ignore tests/aot tests
 
 wheel-test: install  ## build the wheel and run the library's tests on its installed form from an empty folder
 	rm -rf build/wheel && mkdir -p build/wheel/empty
