@@ -9,7 +9,6 @@ autocast. Gradients of gradients are not defined.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.allocator_layout import AllocatorSizes
-
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+from igva_kernels.dispatch import triton_installed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Of the parameters; float64 is left to the stock modules."""
@@ -74,7 +72,7 @@ def allocate(
 
 def unsupported(sizes: AllocatorSizes, batch: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run an allocator of these sizes, or None if they can."""
-    if not TRITON_INSTALLED:
+    if not triton_installed():
         return 'the package triton is not installed; CUDA builds of torch bring it, else `pip install "igva-kernels[triton]"`'
     if dtype not in DTYPES:
         return f"the parameters are {dtype}, and the kernels take {', '.join(map(str, DTYPES))}"
@@ -94,7 +92,7 @@ def unsupported(sizes: AllocatorSizes, batch: int, dtype: torch.dtype) -> str | 
 
 
 def _kernels(parameter: Tensor) -> ModuleType:
-    if not TRITON_INSTALLED:
+    if not triton_installed():
         raise ValueError(
             "the fused allocator needs the package triton, which is not installed; "
             '`pip install "igva-kernels[triton]"`, or use impl="torch"'

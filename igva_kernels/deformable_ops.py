@@ -6,8 +6,6 @@ spatial shapes one after another: H_0, W_0, H_1, W_1, ... Gradients of gradients
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from igva_kernels.dispatch import module_of, triton_installed
 
 MODULES = {"reference": "deformable_reference", "torch": "deformable_cpu", "triton": "triton.deformable"}
 """Name of an implementation, as users write it, and its module in :mod:`igva_kernels.impl`."""
@@ -31,18 +31,8 @@ torch.library.define(
 
 
 @cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
 def _implementation(name: str) -> ModuleType:
-    if name == "triton" and not _triton_installed():
-        raise ValueError(
-            'impl="triton": the package triton is not installed; CUDA builds of torch bring it, else '
-            '`pip install "igva-kernels[triton]"`, or use impl="auto" or "torch"'
-        )
-    return importlib.import_module(f"igva_kernels.impl.{MODULES[name]}")
+    return module_of(name, MODULES)
 
 
 def _resolve(
@@ -50,7 +40,7 @@ def _resolve(
 ) -> ModuleType:
     """The implementation that runs these tensors; a named one never gives way to another."""
     if impl == "auto":
-        if value.is_cuda and _triton_installed():
+        if value.is_cuda and triton_installed():
             triton = _implementation("triton")
             if triton.check_supported(value, spatial_shapes, locations, weights) is None:
                 return triton

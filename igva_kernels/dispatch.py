@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -22,21 +22,31 @@ _PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}
 
 @cache
 def implementation(name: str) -> ModuleType:
-    """The module behind the name of an implementation.
+    """The module behind the name of an implementation of the mix.
 
     Raises:
         ValueError: triton is asked for and not installed.
     """
-    if name == "triton" and not _triton_installed():
+    return module_of(name, MODULES)
+
+
+def module_of(name: str, modules: Mapping[str, str]) -> ModuleType:
+    """The module of :mod:`igva_kernels.impl` that ``modules`` has under this name.
+
+    Raises:
+        ValueError: triton is asked for and not installed.
+    """
+    if name == "triton" and not triton_installed():
         raise ValueError(
             'impl="triton": the package triton is not installed; CUDA builds of torch bring it, else '
             '`pip install "igva-kernels[triton]"`, or use impl="auto" or "torch"'
         )
-    return importlib.import_module(f"igva_kernels.impl.{MODULES[name]}")
+    return importlib.import_module(f"igva_kernels.impl.{modules[name]}")
 
 
 @cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
+    """Whether there is a triton to import, found out without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -55,7 +65,7 @@ def resolve(
     """
     if impl == "auto":
         for name in _PREFERRED.get(states[0].device.type, ()):
-            if name == "triton" and not _triton_installed():
+            if name == "triton" and not triton_installed():
                 continue
             module = implementation(name)
             if module.check_supported(states, weights, program, num_prefix_tokens, indices=indices) is None:

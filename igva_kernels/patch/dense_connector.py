@@ -27,9 +27,9 @@ def dense_connector(module: Any, impl: Implementation) -> Replacement | str | No
         """(B, N, H) image features of (B, 3, height, width)."""
         model = self.get_model()
         tower = model.get_vision_tower()
-        image_features, outputs = tower(images)
         if isinstance(images, list):
             raise TypeError("images must be one tensor (B, 3, height, width), got a list; concatenate them as the model does")
+        image_features, outputs = tower(images)
         siglip = self.is_siglip()
         base = -1 if siglip else tower.select_layer
         plan = _plan(model.config.mm_dense_connector_type, len(outputs.hidden_states) - 1, base, siglip)
