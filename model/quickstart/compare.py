@@ -48,7 +48,7 @@ PICTURES, WARM_START_STEPS = 1400, 600
 SMOKE_STEPS = 10
 
 _EXAMPLES = """examples:
-  igva compare                              the four systems of the paper; 25 minutes on two cores
+  igva compare                              the four systems of the paper; by estimate 25 minutes on two cores
   igva compare --fusions igva,tgif,llava    others
   igva compare --smoke                      the same code, ten steps of everything
 
