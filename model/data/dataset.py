@@ -29,7 +29,7 @@ class LlavaDataset(Dataset):
         processor: tokenizes and normalises.
         embed: from n sentences to (n, E) float32, such as ``InstructionCache.get``; None gives samples without
             ``instruction_embeds``.
-        aspect_ratio: ``pad`` or ``square``, see :func:`model.data.images.make_square`.
+        aspect_ratio: ``pad``, ``crop`` or ``stretch``, see :func:`model.data.images.make_square`.
         instruction_policy: which human turns stand for the instruction, see
             :func:`model.instruction.instruction_texts`.
         chat_template: name of a template of the processor, or a template; None: the default.

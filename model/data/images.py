@@ -30,17 +30,21 @@ def make_square(image: Image.Image, aspect_ratio: str, mean: Sequence[float]) ->
     Args:
         image: W x H picture.
         aspect_ratio: ``pad`` centres it on a square of the colour ``mean`` (LLaVA's ``image_aspect_ratio=pad``),
-            ``square`` stretches the shorter side.
+            ``crop`` keeps the middle (LLaVA's default, ``square``), ``stretch`` stretches the shorter side.
         mean: the image processor's mean, three numbers in 0 .. 1; after normalisation the padding is zero.
     """
     width, height = image.size
     side = max(width, height)
     if width == height:
         return image
-    if aspect_ratio == "square":
+    if aspect_ratio == "stretch":
         return image.resize((side, side), Image.Resampling.BICUBIC)
+    if aspect_ratio == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
     if aspect_ratio != "pad":
-        raise ValueError(f"aspect_ratio must be 'pad' or 'square', got {aspect_ratio!r}")
+        raise ValueError(f"aspect_ratio must be 'pad', 'crop' or 'stretch', got {aspect_ratio!r}")
     canvas = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
     canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas

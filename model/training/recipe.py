@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LanguageModelTraining = Literal["frozen", "lora", "full"]
 Precision = Literal["auto", "fp32", "bf16"]
-AspectRatio = Literal["pad", "square"]
+AspectRatio = Literal["pad", "crop", "stretch"]
 InstructionPolicy = Literal["first_turn", "last_turn", "mean_of_turns"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Grouping = Literal["modality_length", "random"]
@@ -71,7 +71,8 @@ class DataSource:
     eval_path: str | None = None
     """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps."""
     aspect_ratio: AspectRatio = "pad"
-    """``pad`` puts an image on a square of the mean colour; ``square`` stretches it to one."""
+    """``pad`` puts an image on a square of the mean colour; ``crop`` keeps its middle (LLaVA's default, there called
+    square); ``stretch`` makes it one."""
     instruction_policy: InstructionPolicy = "mean_of_turns"
     """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all
     embeddings."""

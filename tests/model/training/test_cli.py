@@ -46,7 +46,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
 def test_the_help_of_train_explains_every_field(capsys):
     main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--data.aspect_ratio {pad,square} ``pad`` puts an image on a square of the mean colour" in out
+    assert "--data.aspect_ratio {pad,crop,stretch} ``pad`` puts an image on a square of the mean colour" in out
     assert "igva-tiny-stage2" in out
 
 

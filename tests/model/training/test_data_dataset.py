@@ -89,7 +89,7 @@ def test_the_policy_decides_which_turns_are_the_instruction(policy, texts, make_
 
 
 def test_aspect_ratios_give_different_pixels(make_dataset):
-    padded, stretched = (make_dataset(aspect_ratio=ratio)[0]["pixel_values"] for ratio in ("pad", "square"))
+    padded, stretched = (make_dataset(aspect_ratio=ratio)[0]["pixel_values"] for ratio in ("pad", "stretch"))
     # The padding is the mean colour, which normalisation takes to nearly zero; stretched, every row is the picture.
     assert padded[0, :, 0].abs().max() < 0.02
     assert stretched[0, 0, 0].abs().min() > 0.5

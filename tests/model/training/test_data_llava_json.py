@@ -89,8 +89,17 @@ def test_pad_centres_the_picture_on_the_mean_colour():
     assert column == [(127, 63, 0)] * 10 + [(220, 40, 40)] * 20 + [(127, 63, 0)] * 10
 
 
-def test_square_stretches_the_picture():
-    picture = make_square(Image.new("RGB", (20, 40), (220, 40, 40)), "square", (0.5, 0.5, 0.5))
+def test_crop_keeps_the_middle():
+    wide = Image.new("RGB", (40, 20), (220, 40, 40))
+    wide.paste((0, 0, 0), (10, 0, 30, 20))
+    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        middle = make_square(picture, "crop", (0.5, 0.5, 0.5))
+        assert middle.size == (20, 20)
+        assert middle.getcolors() == [(400, (0, 0, 0))]
+
+
+def test_stretch_stretches_the_picture():
+    picture = make_square(Image.new("RGB", (20, 40), (220, 40, 40)), "stretch", (0.5, 0.5, 0.5))
     assert picture.size == (40, 40)
     assert picture.getcolors() == [(1600, (220, 40, 40))]
 

@@ -9,6 +9,7 @@ import pytest
 from model import attention, instruction
 from model.cli.train import SHIPPED_RECIPES, find_recipe, shipped_recipes
 from model.data import batches
+from model.fusions import FUSIONS
 from model.training import recipe as recipe_module
 from model.training.recipe import TrainRecipe, load_recipe, recipe_parser
 from model.training.run import train
@@ -37,6 +38,22 @@ def test_the_7b_recipes_have_the_published_values():
     assert second.model.checkpoint == first.output_dir
 
 
+@pytest.mark.parametrize("system", ["llava", "dense-connector", "mmfuser"])
+def test_the_7b_recipes_of_the_other_systems_have_the_published_values(system):
+    first, second = (load_recipe(find_recipe(f"{system}-7b-stage{stage}")) for stage in (1, 2))
+    assert first.model.fusion["type"] == system.replace("-", "_")
+    assert (first.batch_size, first.learning_rate, first.warmup, first.epochs) == (256, 1e-3, 0.03, 1)
+    assert (second.batch_size, second.learning_rate, second.warmup, second.epochs) == (128, 2e-5, 0.03, 1)
+    assert (first.data.aspect_ratio, second.data.aspect_ratio) == ("crop", "pad")
+    assert (first.resolved_language_model_training, second.resolved_language_model_training) == ("frozen", "full")
+    assert (second.balance_loss_weight, second.model.checkpoint) == (0.0, first.output_dir)
+
+
+def test_every_fusion_has_a_recipe():
+    fusions = [load_recipe(find_recipe(name)).model.fusion for name in shipped_recipes() if name.endswith("stage1")]
+    assert {fusion["type"] for fusion in fusions} == set(FUSIONS)
+
+
 def test_the_tiny_recipes_run(new_model, data_file, tmp_path):
     flags = [f"--model.{name}={new_model[name]}" for name in ("vision_tower", "language_model", "sentence_encoder")]
     common = [f"--data.path={data_file}", "--smoke=true", "--precision=fp32"]
@@ -46,9 +63,14 @@ def test_the_tiny_recipes_run(new_model, data_file, tmp_path):
     assert (first["steps"], second["steps"]) == (10, 10)
 
 
-@pytest.mark.parametrize("name", ["dense-connector", "llava", "mmfuser", "scalar-mix", "tgif"])
+OTHER_FUSIONS = [name.removesuffix("-tiny-stage1") for name in shipped_recipes() if name.endswith("tiny-stage1")]
+OTHER_FUSIONS.remove("igva")
+
+
+@pytest.mark.parametrize("name", OTHER_FUSIONS)
 def test_the_tiny_recipe_of_every_fusion_runs_in_both_stages(name, new_model, data_file, tmp_path):
-    parts = ("vision_tower", "language_model") + (("sentence_encoder",) if name == "tgif" else ())
+    reads_text = name in ("mixture-of-layers", "tgif")
+    parts = ("vision_tower", "language_model") + (("sentence_encoder",) if reads_text else ())
     flags = [f"--model.{part}={new_model[part]}" for part in parts]
     common = [f"--data.path={data_file}", "--max_steps=2", "--precision=fp32", "--batch_size=2", "--micro_batch_size=2"]
     recipe = load_recipe(find_recipe(f"{name}-tiny-stage1"), [*flags, *common, f"--output_dir={tmp_path / 'one'}"])
@@ -58,7 +80,7 @@ def test_the_tiny_recipe_of_every_fusion_runs_in_both_stages(name, new_model, da
     for result in (first, second):
         assert result["steps"] == 2
         # What such a fusion learns, it learns with the projector, in both stages.
-        has_module = name in ("mmfuser", "scalar-mix", "tgif")
+        has_module = reads_text or name in ("mmfuser", "scalar-mix", "vip-llava")
         assert ("fusion" in result["parameters"]) == has_module
         assert not has_module or result["parameters"]["fusion"]["trainable"] > 0
 

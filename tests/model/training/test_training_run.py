@@ -97,7 +97,7 @@ def test_the_checkpoint_is_the_trained_model_with_its_processor_and_encoder(make
 
 
 def test_the_checkpoint_tells_how_it_was_made(make_recipe):
-    recipe = make_recipe(1, data={"aspect_ratio": "square"})
+    recipe = make_recipe(1, data={"aspect_ratio": "stretch"})
     folder = run.Path(train(recipe)["checkpoint"]) / "training"
     assert load_recipe(folder / "recipe.yaml") == recipe
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
