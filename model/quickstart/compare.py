@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,25 +236,23 @@ def result_file(folders: Folders, name: str) -> Path:
 
 
 def comparison_table(results: dict[str, dict[str, Any]]) -> Table:
-    """One row a fusion."""
+    """One column a fusion, so that four of them fit a terminal."""
     from rich.table import Table
 
-    kinds = _kinds(results)
-    table = Table(title="Exact match on held-out pictures, ± one standard error")
-    table.add_column("fusion")
-    for heading in (*kinds, "image tokens", "trained, M", "warm start, s", "stage 2, s", "peak memory, GB"):
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        trained = sum(part["trainable"] for part in result["parameters"].values())
-        table.add_row(
-            name,
-            *(_percent(result["scores"][kind]) for kind in kinds),
-            str(result["image_tokens"]),
-            f"{trained / 1e6:.1f}",
-            f"{result['seconds']['warm start']:.0f}",
-            f"{result['seconds']['stage 2']:.0f}",
-            f"{result['peak_memory_gb']:.2f}",
-        )
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        **{kind: lambda result, kind=kind: _percent(result["scores"][kind]) for kind in _kinds(results)},
+        "image tokens": lambda result: str(result["image_tokens"]),
+        "trained, M": lambda result: f"{sum(part['trainable'] for part in result['parameters'].values()) / 1e6:.1f}",
+        "warm start, s": lambda result: f"{result['seconds']['warm start']:.0f}",
+        "stage 2, s": lambda result: f"{result['seconds']['stage 2']:.0f}",
+        "peak memory, GB": lambda result: f"{result['peak_memory_gb']:.2f}",
+    }
+    table = Table(title="Exact match on held-out pictures in %, ± one standard error")
+    table.add_column()
+    for name in results:
+        table.add_column(name, justify="right")
+    for heading, show in rows.items():
+        table.add_row(heading, *(show(result) for result in results.values()), end_section=heading == "overall")
     return table
 
 
