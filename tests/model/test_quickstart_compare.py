@@ -34,7 +34,13 @@ def test_the_table_shows_accuracy_with_its_error_time_and_memory():
     lines = shown.get().splitlines()
     rows = {cells[0].strip(): cells[-1].strip() for cells in (line.strip("│┃").split("│") for line in lines) if len(cells) == 5}
     assert rows["overall"] == "62.5 ± 2.0"
-    expected = {"image tokens": "16", "trained, M": "1.5", "warm start, s": "85", "stage 2, s": "200", "peak memory, GB": "2.50"}
+    expected = {
+        "image tokens": "16",
+        "trained, M": "1.5",
+        "warm start, s": "85",
+        "stage 2, s": "200",
+        "peak memory, GB": "2.50",
+    }
     assert expected.items() <= rows.items()
 
 
