@@ -19,13 +19,10 @@ from torch.autograd.function import once_differentiable
 from igva_kernels.backward import kept_for_backward, per_source, resolve_backward, worth_saving_means
 from igva_kernels.dispatch import resolve
 from igva_kernels.program import MixProgram
-from igva_kernels.quick import Signatures, key_of
+from igva_kernels.quick import Found, Signatures, signature_of
 
 _requires_grad = attrgetter("requires_grad")
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-
-Forward = Callable[["_Call", Tensor | None], tuple[Tensor, ...]]
-"""Computes the output, and the group means where the form of the call says so."""
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -34,12 +31,16 @@ def is_plain(*tensors: Tensor | None) -> bool:
     If not, the operators have to be called: under torch.compile, export, tracing, functorch, with fake tensors, DTensors or a
     dispatch mode.
     """
-    return not (
+    return not is_watched() and all(tensor is None or type(tensor) in _PLAIN_TYPES for tensor in tensors)
+
+
+def is_watched() -> bool:
+    """Whether somebody records, transforms or fakes what is done to tensors, whichever they are."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(tensor is not None and type(tensor) not in _PLAIN_TYPES for tensor in tensors)
     )
 
 
@@ -47,27 +48,33 @@ class _Form(NamedTuple):
     """A call of fuse without its tensors.
 
     Args:
+        weights_need: whether the weights have a gradient.
+        has_weights, has_indices: which of them were given.
         keeps_means, keeps_states: what the backward will want, see :func:`igva_kernels.backward.kept_for_backward`.
-        forward: computes it.
     """
 
     program: MixProgram
     num_prefix_tokens: int
     num_tokens: int
+    weights_need: bool
+    has_weights: bool
+    has_indices: bool
     keeps_means: bool
     keeps_states: bool
-    dtype: torch.dtype | None
     impl: str
-    forward: Forward
 
 
 class _Call(NamedTuple):
-    """A call of fuse without its weights."""
+    """A call of fuse without its weights: what autograd takes as one opaque argument.
+
+    Args:
+        compute: makes the output, and the group means where ``form`` says so.
+    """
 
     form: _Form
     states: Sequence[Tensor]
     indices: Tensor | None
-    addresses: tuple[int, ...]
+    compute: Callable[[], Sequence[Tensor]]
 
 
 def fuse(
@@ -92,63 +99,59 @@ def fuse(
     weights_need = grad_enabled and weights is not None and weights.requires_grad
     states_need = grad_enabled and any(map(_requires_grad, states))
     save_means = should_save_means(program, indices, weights_need, states_need)
-
-    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
-        return module.fuse_forward(
-            call.states, weights, program, num_prefix_tokens, save_means, indices=call.indices, dtype=dtype
-        )
-
     keeps_means, keeps_states = kept_for_backward(program, weights_need, states_need, save_means)
-    num_tokens = states[0].shape[1]
-    form = _Form(program, num_prefix_tokens, num_tokens, keeps_means, keeps_states, dtype, impl, forward)
-    if signatures is not None and indices is None and not states_need and hasattr(module, "recording"):
-        form = form._replace(forward=_recorded(form, module, signatures, key_of(states[0], weights, options)))
-    call = _Call(form, states, indices, ())
+    form = _Form(
+        program,
+        num_prefix_tokens,
+        states[0].shape[1],
+        weights_need,
+        weights is not None,
+        indices is not None,
+        keeps_means,
+        keeps_states,
+        impl,
+    )
+
+    def compute() -> tuple[Tensor, ...]:
+        return module.fuse_forward(states, weights, program, num_prefix_tokens, save_means, indices=indices, dtype=dtype)
+
+    call = _Call(form, states, indices, compute)
     if states_need:
         return _FuseOfTrainable.apply(call, weights, *states)
-    return _run(call, weights, weights_need)
+    if signatures is not None and indices is None and hasattr(module, "recording"):
+        call = call._replace(compute=_recorded(call, weights, module, signatures, options))
+    return _FuseOfFrozen.apply(call, weights) if weights_need else call.compute()[0]
 
 
 def fuse_again(signatures: Signatures, hidden_states: Any, weights: Any, options: tuple) -> Tensor | None:
-    """The mix, if a call of the same signature was kept by :func:`fuse`; None if not. To be called where :func:`is_plain`.
+    """The mix, if a call of the same signature was kept by :func:`fuse`; None if not. To be called unless :func:`is_watched`.
 
     Args:
         hidden_states: anything that the public function takes.
         weights: a tensor, or None; anything else is not found.
     """
-    if not (weights is None or isinstance(weights, Tensor)):
-        return None
     found = signatures.find(hidden_states, weights, options)
     if found is None:
         return None
-    prepared, states, addresses = found
-    weights_need = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-    return _run(_Call(prepared.details, states, None, addresses), weights, weights_need)
+    prepared, _, addresses = found
+    return _replay_of_frozen(found, weights) if prepared.details.weights_need else prepared.replay.run(addresses, weights)[0]
 
 
-def _recorded(form: _Form, module: ModuleType, signatures: Signatures, key: tuple) -> Forward:
-    """The forward of ``form``, which also keeps what it launches for :func:`fuse_again`."""
+def _recorded(
+    call: _Call, weights: Tensor | None, module: ModuleType, signatures: Signatures, options: tuple
+) -> Callable[[], Sequence[Tensor]]:
+    """``call.compute``, which also keeps what it launches for :func:`fuse_again`."""
+    signature = signature_of(call.states, weights, options)
 
-    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
+    def compute() -> Sequence[Tensor]:
         with module.recording() as launches:
-            outputs = form.forward(call, weights)
-        replay = module.replay_of(launches, call.states, weights, outputs if form.keeps_means else outputs[:1])
+            outputs = call.compute()
+        replay = module.replay_of(launches, call.states, weights, outputs if call.form.keeps_means else outputs[:1])
         if replay is not None:
-            signatures.add(key, call.states, weights, replay, form._replace(forward=_replayed(replay)))
+            signatures.add(signature, replay, call.form)
         return outputs
 
-    return forward
-
-
-def _replayed(replay: Any) -> Forward:
-    def forward(call: _Call, weights: Tensor | None) -> tuple[Tensor, ...]:
-        return replay.run(call.addresses, weights)
-
-    return forward
-
-
-def _run(call: _Call, weights: Tensor | None, weights_need: bool) -> Tensor:
-    return _FuseOfFrozen.apply(call, weights) if weights_need else call.form.forward(call, weights)[0]
+    return compute
 
 
 def should_save_means(program: MixProgram, indices: Tensor | None, weights_need: bool, states_need: bool) -> bool:
@@ -159,18 +162,27 @@ def should_save_means(program: MixProgram, indices: Tensor | None, weights_need:
     return weights_need and indices is None and not (states_need and program.has_norms) and worth_saving_means(program)
 
 
-def _save(ctx: Any, call: _Call, weights: Tensor | None, outputs: tuple[Tensor, ...]) -> None:
-    form = call.form
-    ctx.form, ctx.indices, ctx.has_weights = form, call.indices, weights is not None
-    means = outputs[1:2] if form.keeps_means else ()
-    ctx.save_for_backward(*means, *(() if weights is None else (weights,)), *(call.states if form.keeps_states else ()))
+def _save(
+    ctx: Any,
+    form: _Form,
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    indices: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> None:
+    ctx.form = form
+    if form.keeps_means and not form.keeps_states and indices is None:
+        ctx.save_for_backward(outputs[1], weights)
+        return
+    saved = [outputs[1] if form.keeps_means else None, weights, indices]
+    ctx.save_for_backward(*(tensor for tensor in saved if tensor is not None), *(states if form.keeps_states else ()))
 
 
 def _gradients(ctx: Any, grad_out: Tensor, needs_weights: bool, needs_states: bool) -> tuple[Tensor | None, list[Tensor]]:
     form: _Form = ctx.form
     saved = list(ctx.saved_tensors)
-    means, weights = (saved.pop(0) if has else None for has in (form.keeps_means, ctx.has_weights))
-    module = resolve_backward(form.impl, grad_out, saved, means, weights, form.program, ctx.indices)
+    means, weights, indices = (saved.pop(0) if has else None for has in (form.keeps_means, form.has_weights, form.has_indices))
+    module = resolve_backward(form.impl, grad_out, saved, means, weights, form.program, indices)
     grad_weights, grads = module.fuse_backward(
         grad_out,
         saved,
@@ -181,19 +193,13 @@ def _gradients(ctx: Any, grad_out: Tensor, needs_weights: bool, needs_states: bo
         form.num_tokens,
         needs_weights,
         needs_states,
-        indices=ctx.indices,
+        indices=indices,
     )
     return grad_weights if grad_weights is None or weights is None else grad_weights.to(weights.dtype), grads
 
 
-class _FuseOfFrozen(torch.autograd.Function):
+class _OfFrozen(torch.autograd.Function):
     """Only the weights have a gradient: autograd looks at one tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, weights: Tensor) -> Tensor:
-        outputs = call.form.forward(call, weights)
-        _save(ctx, call, weights, outputs)
-        return outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -201,13 +207,35 @@ class _FuseOfFrozen(torch.autograd.Function):
         return None, _gradients(ctx, grad_out, True, False)[0]
 
 
+class _FuseOfFrozen(_OfFrozen):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, weights: Tensor) -> Tensor:
+        outputs = call.compute()
+        _save(ctx, call.form, call.states, weights, call.indices, outputs)
+        return outputs[0]
+
+
+class _ReplayOfFrozen(_OfFrozen):
+    @staticmethod
+    def forward(ctx: Any, found: Found, weights: Tensor) -> Tensor:
+        prepared, states, addresses = found
+        outputs = prepared.replay.run(addresses, weights)
+        _save(ctx, prepared.details, states, weights, None, outputs)
+        return outputs[0]
+
+
+# Function.apply in Python looks for transforms and dead wrappers of functorch, which takes as long as all of autograd in C++.
+# Tensors with a known signature are neither.
+_replay_of_frozen = super(torch.autograd.Function, _ReplayOfFrozen).apply
+
+
 class _FuseOfTrainable(torch.autograd.Function):
     """States have gradients, the weights perhaps."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, weights: Tensor | None, *states: Tensor) -> Tensor:
-        outputs = call.form.forward(call, weights)
-        _save(ctx, call, weights, outputs)
+        outputs = call.compute()
+        _save(ctx, call.form, call.states, weights, call.indices, outputs)
         return outputs[0]
 
     @staticmethod

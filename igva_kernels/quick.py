@@ -25,6 +25,8 @@ _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 """Private to torch; without it each call takes the long way."""
 
+_address_of = Tensor.data_ptr
+
 ALIGNMENT = 16
 """Bytes. Recorded kernels make accesses of this width."""
 
@@ -54,14 +56,55 @@ def signatures_of(plan: FusionPlan) -> Signatures:
     return signatures
 
 
-def key_of(state: Tensor, weights: Tensor | None, options: tuple) -> tuple:
-    """What of a signature is looked up; the guards compare the rest."""
-    learns = weights is not None and weights.requires_grad
-    return options, state.shape, learns, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+Found = tuple[Prepared, tuple[Tensor, ...], tuple[int, ...]]
+"""A prepared call, the states that it reads now, and their addresses."""
+
+
+class Signature(NamedTuple):
+    """What a call is known by.
+
+    Attributes:
+        key: what is looked up.
+        guards: whether other tensors agree in all the rest.
+    """
+
+    key: tuple
+    guards: Any
+
+
+def signature_of(states: Sequence[Tensor], weights: Tensor | None, options: tuple) -> Signature | None:
+    """The signature of a call of plain tensors, or None if it cannot be replayed."""
+    if TensorGuards is None or reduce(or_, map(_address_of, states)) % ALIGNMENT:
+        return None
+    tensors, learns = _with_weights(states, weights)
+    guards = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    )
+    return Signature(_key(tensors, learns, options), guards)
+
+
+def _with_weights(states: Sequence[Tensor], weights: Tensor | None) -> tuple[Sequence[Tensor], bool]:
+    """The tensors that guards look at, and whether the weights have a gradient in this call."""
+    if weights is None:
+        return states, False
+    if not weights.requires_grad:
+        return (*states, weights), False
+    if torch.is_grad_enabled():
+        return (*states, weights), True
+    # Without grad mode nobody listens, and guards made of a tensor that requires a gradient would never hold.
+    return (*states, weights.detach()), False
+
+
+def _key(tensors: Sequence[Tensor], learns: bool, options: tuple) -> tuple:
+    return options, tensors[0].shape, len(tensors), learns, torch.is_inference_mode_enabled()
 
 
 class Signatures:
     """The prepared calls of one plan."""
+
+    __slots__ = ("_num_states", "_pick", "_prepared")
 
     def __init__(self, plan: FusionPlan) -> None:
         self._num_states = plan.num_layers + 1
@@ -70,33 +113,28 @@ class Signatures:
         self._pick = itemgetter(first, *others) if others else lambda states: (states[first],)
         self._prepared: dict[tuple, Prepared] = {}
 
-    def find(
-        self, hidden_states: Any, weights: Tensor | None, options: tuple
-    ) -> tuple[Prepared, tuple[Tensor, ...], tuple[int, ...]] | None:
-        """A prepared call, its states and their addresses; None where the long way has to be taken."""
-        if not self._prepared or not isinstance(hidden_states, (tuple, list)) or len(hidden_states) != self._num_states:
+    def find(self, hidden_states: Any, weights: Any, options: tuple) -> Found | None:
+        """A prepared call; None where the long way has to be taken.
+
+        Args:
+            hidden_states, weights: anything that the public function takes.
+        """
+        if not isinstance(hidden_states, (tuple, list)) or len(hidden_states) != self._num_states:
             return None
         states = self._pick(hidden_states)
-        if not isinstance(states[0], Tensor):
+        if not isinstance(states[0], Tensor) or not (weights is None or isinstance(weights, Tensor)):
             return None
-        prepared = self._prepared.get(key_of(states[0], weights, options))
-        if prepared is None or not prepared.replay.can_run():
+        tensors, learns = _with_weights(states, weights)
+        prepared = self._prepared.get(_key(tensors, learns, options))
+        if prepared is None or not prepared.replay.can_run() or not prepared.guards.check(*tensors):
             return None
-        if not (prepared.guards.check(*states) if weights is None else prepared.guards.check(*states, weights)):
-            return None
-        addresses = tuple(map(Tensor.data_ptr, states))
+        addresses = tuple(map(_address_of, states))
         return None if reduce(or_, addresses) % ALIGNMENT else (prepared, states, addresses)
 
-    def add(self, key: tuple, states: Sequence[Tensor], weights: Tensor | None, replay: Any, details: Any) -> None:
-        """Keep a recorded call of plain tensors under its :func:`key_of`; the oldest gives way."""
-        if TensorGuards is None or reduce(or_, map(Tensor.data_ptr, states)) % ALIGNMENT:
+    def add(self, signature: Signature | None, replay: Any, details: Any) -> None:
+        """Keep a recorded call under its signature; the oldest gives way."""
+        if signature is None:
             return
-        tensors = [*states] if weights is None else [*states, weights]
-        guards = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-        )
         while len(self._prepared) >= MAX_SIGNATURES:
             self._prepared.pop(next(iter(self._prepared)))
-        self._prepared[key] = Prepared(guards, replay, details)
+        self._prepared[signature.key] = Prepared(signature.guards, replay, details)

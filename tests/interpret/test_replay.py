@@ -17,6 +17,12 @@ from igva_kernels.impl.triton import replay
 SHAPE = (2, 5, 8)
 
 
+def tensor_at(address: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The float32 tensor that begins there."""
+    buffer = (ctypes.c_float * torch.Size(shape).numel()).from_address(address)
+    return torch.frombuffer(buffer, dtype=torch.float32).reshape(shape)
+
+
 class StandIn:
     """A kernel, compiled and not: ``launches`` counts the long way, ``runs`` the short one."""
 
@@ -37,11 +43,12 @@ class StandIn:
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, addresses, weights, out, means, *rest):
         assert (x, y, z, stream, rest) == (3, 2, 1, 7, (4, "constant"))
         self.runs += 1
-        states = []
-        for address in addresses:
-            buffer = (ctypes.c_float * torch.Size(SHAPE).numel()).from_address(address)
-            states.append(torch.frombuffer(buffer, dtype=torch.float32).reshape(SHAPE).clone())
-        self._compute(states, weights, out, means)
+        batch, tokens, width = SHAPE
+        states = [tensor_at(address, SHAPE) for address in addresses]
+        out = tensor_at(out, (batch, tokens - 1, len(self.program.slots) * width))
+        if means is not None:
+            means = tensor_at(means, (self.program.num_weighted_groups, batch, tokens - 1, width))
+        self._compute(states, tensor_at(weights, (batch, self.program.num_weights)), out, means)
 
     def _compute(self, states, weights, out, means) -> None:
         mixed, kept = reference.fuse_forward(states, weights.detach(), self.program, 1, means is not None)
@@ -119,7 +126,6 @@ def test_gradients_of_the_weights_flow_through_a_replay(small_plan, kernel):
         "a_state_strided",
         "a_state_misaligned",
         "a_state_needs_a_gradient",
-        "no_grad",
         "float64",
     ],
 )
@@ -145,12 +151,111 @@ def test_another_signature_takes_the_long_way(small_plan, kernel, change):
         states[2].requires_grad_()
     elif change == "float64":
         states = [state.double() for state in states]
-    if change == "no_grad":
-        with torch.no_grad():
-            fuse(states, small_plan, weights, num_prefix_tokens=prefix, impl="triton")
-    else:
-        fuse(states, small_plan, weights, num_prefix_tokens=prefix, impl="triton")
+    fuse(states, small_plan, weights, num_prefix_tokens=prefix, impl="triton")
     assert (kernel.launches, kernel.runs) == (2, 0)
+
+
+def test_weights_that_could_learn_are_replayed_where_nobody_listens(small_plan, kernel):
+    states, weights = inputs()
+    parameter = torch.nn.Parameter(weights)
+    expected = fuse(states, small_plan, weights, num_prefix_tokens=1, impl="reference")
+    for _ in range(2):
+        with torch.no_grad():
+            fused = fuse(states, small_plan, parameter, num_prefix_tokens=1, impl="triton")
+        assert torch.equal(fused, expected) and not fused.requires_grad
+    assert (kernel.launches, kernel.runs) == (1, 1)
+    fused = fuse(states, small_plan, parameter, num_prefix_tokens=1, impl="triton")
+    assert fused.requires_grad and (kernel.launches, kernel.runs) == (2, 1)
+
+
+def test_a_replay_in_inference_mode_makes_inference_tensors(small_plan, kernel):
+    states, weights = inputs()
+    expected = fuse(states, small_plan, weights, num_prefix_tokens=1, impl="reference")
+    with torch.inference_mode():
+        for _ in range(2):
+            fused = fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+            assert torch.equal(fused, expected) and fused.is_inference()
+    assert (kernel.launches, kernel.runs) == (1, 1)
+    for _ in range(2):  # outside of it the outputs are ordinary tensors again
+        fused = fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+        assert torch.equal(fused, expected) and not fused.is_inference()
+    assert (kernel.launches, kernel.runs) == (2, 2)
+
+
+def test_weights_of_another_type_or_grad_fn_go_through_a_replay(small_plan, kernel):
+    states, weights = inputs()
+    for _ in range(2):
+        leaf = weights.clone().requires_grad_()
+        fused = fuse(states, small_plan, torch.softmax(leaf, dim=-1), num_prefix_tokens=1, impl="triton")
+        fused.square().sum().backward()
+        expected = weights.clone().requires_grad_()
+        mixed = fuse(states, small_plan, torch.softmax(expected, dim=-1), num_prefix_tokens=1, impl="reference")
+        mixed.square().sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad)
+    assert (kernel.launches, kernel.runs) == (1, 1)
+    fuse(states, small_plan, torch.nn.Parameter(weights), num_prefix_tokens=1, impl="triton")
+    assert (kernel.launches, kernel.runs) == (2, 1)
+
+
+def test_hooks_of_saved_tensors_see_what_a_replay_saves(small_plan, kernel):
+    states, weights = inputs()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor.shape) or tensor, lambda tensor: tensor):
+        for _ in range(2):
+            fuse(states, small_plan, weights.clone().requires_grad_(), num_prefix_tokens=1, impl="triton")
+    assert packed == [torch.Size((2, 2, 4, 8)), torch.Size((2, 2))] * 2 and kernel.runs == 1
+
+
+def test_transforms_and_dispatch_modes_take_no_replay(small_plan, kernel):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Records(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(function._schema.name)
+            return function(*arguments, **(options or {}))
+
+    states, weights = inputs()
+    fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+    names: list[str] = []
+    with Records():
+        fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+    assert "igva::fuse" in names and (kernel.launches, kernel.runs) == (2, 0)
+    with pytest.raises(RuntimeError, match="functorch"):  # torch's operators with autograd know no transforms
+        torch.func.grad(lambda w: fuse(states, small_plan, w, num_prefix_tokens=1, impl="triton").sum())(weights)
+    assert kernel.runs == 0
+
+
+def test_a_subclass_takes_no_replay(small_plan, kernel):
+    class Subclass(torch.Tensor):
+        pass
+
+    states, weights = inputs()
+    fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+    for place in (1, 4):  # the first and the last that the plan reads
+        others = [*states]
+        others[place] = states[place].as_subclass(Subclass)
+        fuse(others, small_plan, weights, num_prefix_tokens=1, impl="triton")
+    fuse(states, small_plan, weights.as_subclass(Subclass), num_prefix_tokens=1, impl="triton")
+    assert kernel.runs == 0
+
+
+def test_without_torchs_private_parts_every_call_takes_the_long_way(small_plan, kernel, monkeypatch):
+    from igva_kernels import quick
+
+    monkeypatch.setattr(quick, "TensorGuards", None)
+    states, weights = inputs()
+    for _ in range(2):
+        fused = fuse(states, small_plan, weights, num_prefix_tokens=1, impl="triton")
+        assert torch.equal(fused, fuse(states, small_plan, weights, num_prefix_tokens=1, impl="reference"))
+    assert (kernel.launches, kernel.runs) == (2, 0)
+
+
+def test_outputs_are_allocated_without_torchs_private_parts_too(monkeypatch):
+    private = replay._allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
+    monkeypatch.setattr(torch._C._dynamo, "guards", None)
+    public = replay._allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
+    for made in (private, public):
+        assert (made.shape, made.stride(), made.dtype, made.device) == ((2, 3), (3, 1), torch.bfloat16, torch.device("cpu"))
 
 
 def test_bad_input_is_refused_after_a_recorded_call_as_before_it(small_plan, kernel):
