@@ -195,6 +195,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         """Whether the fusion, in its present stage, depends on ``instruction_embeds``."""
         return self._method.reads_instruction(self.fusion_stage)
 
+    @property
+    def tower_plan(self) -> FusionPlan:
+        """Which hidden states of the tower the fusion reads in its present stage."""
+        return self._method.tower_plan(self.fusion_stage)
+
     def set_fusion_stage(self, stage: int) -> None:
         """Switch IGVA between the plain average (1) and the instruction's weights (2); the config is updated with it.
 
@@ -232,7 +237,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (images, 3, height, width)")
         height, width = pixel_values.shape[-2:]
-        maps = self._run_tower(pixel_values, self._method.tower_plan(self.fusion_stage))
+        maps = self._run_tower(pixel_values, self.tower_plan)
         inputs = FusionInputs(
             self.config.num_prefix_tokens,
             self._tokens.patches(height, width),

@@ -135,3 +135,28 @@ class StepBatchSampler(Sampler[list[int]]):
             heapq.heappush(emptiest, (tokens + self._lengths[sample], index))
         tokens_of = {index: tokens for tokens, index in emptiest}
         return [passes[index] for index in sorted(range(num_passes), key=lambda index: (-tokens_of[index], index))]
+
+
+class HeldOutBatchSampler(Sampler[list[int]]):
+    """Deals held-out samples to this rank in their order; every rank gets equally many batches.
+
+    Ranks that share sharded weights must run equally many forward passes. What ranks lack is filled up with batches that have
+    come before; of this rank's batches the first :attr:`num_counted` count, the rest are fillers.
+
+    Args:
+        num_samples: held-out samples.
+        batch_size: samples in one forward pass on one rank.
+        rank, num_ranks: this process among all.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+        batches = [list(range(start, min(start + batch_size, num_samples))) for start in range(0, num_samples, batch_size)]
+        own = batches[rank::num_ranks]
+        self.num_counted = len(own)
+        self._batches = own + batches[: math.ceil(len(batches) / num_ranks) - len(own)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)

@@ -101,8 +101,14 @@ def status_text(logs: dict[str, Any]) -> str:
     for key, text in (("tokens_per_second", "{:,.0f} tokens/s"), ("samples_per_second", "{:.1f} samples/s")):
         if key in logs:
             parts.append(text.format(logs[key]))
-    if "padding_share" in logs:
-        parts.append(f"padding {100 * logs['padding_share']:.1f} %")
+    if "tflops_per_second" in logs:
+        share = f" ({100 * logs['share_of_peak']:.1f} % of the card)" if "share_of_peak" in logs else ""
+        parts.append(f"{logs['tflops_per_second']:.3g} TFLOP/s{share}")
+    for key, text in (("padding_share", "padding"), ("data_wait_share", "data wait")):
+        if key in logs:
+            parts.append(f"{text} {100 * logs[key]:.1f} %")
     if "peak_memory_gb" in logs:
         parts.append(f"peak {logs['peak_memory_gb']:.2f} GB")
+    if "samples_left_out" in logs:
+        parts.append(f"{logs['samples_left_out']:,} samples left out")
     return "  ".join(parts)

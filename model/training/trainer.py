@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from model.data.batches import StepBatchSampler
-from model.training.lora import has_lora, load_adapters, save_adapters
+from model.data.batches import HeldOutBatchSampler, StepBatchSampler
+from model.loss import IGNORE_INDEX
+from model.training.flops import StepFlops, peak_of_run
 from model.training.meter import StepMeter
+from model.training.saving import CheckpointingTrainer
 
 _PROJECTOR = "model.multi_modal_projector."
 _ALLOCATOR = "model.fusion."
 
 
-class IgvaTrainer(Trainer):
+class IgvaTrainer(CheckpointingTrainer):
     """Trainer of :class:`model.modeling.IgvaLlavaForConditionalGeneration`.
 
     The loss is exact by tokens under accumulation and over ranks: the Trainer counts the labels of the whole window
@@ -31,7 +33,7 @@ class IgvaTrainer(Trainer):
         batches: deals the samples to this rank's forward passes; None leaves that to ``transformers.Trainer``.
         projector_learning_rate: peak learning rate of the projector; None: that of the arguments.
         allocator_learning_rate: the same for the weight allocator.
-        **kwargs: those of ``transformers.Trainer``.
+        **kwargs: those of :class:`model.training.saving.CheckpointingTrainer`.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -47,7 +49,9 @@ class IgvaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._batches = batches
         self._learning_rates = {_PROJECTOR: projector_learning_rate, _ALLOCATOR: allocator_learning_rate}
-        self._config = self.accelerator.unwrap_model(self.model).config
+        whole = self.accelerator.unwrap_model(self.model)
+        self._config, self._flops = whole.config, StepFlops.of(whole)
+        self._peak_flops = peak_of_run(self.args.device, "bf16" if self.args.bf16 else "fp32")
         self.start_window()
         self.add_callback(_StartWindow(self))
         # The Trainer guesses this from forward's signature; a wrong guess would make accumulation inexact in silence.
@@ -55,7 +59,7 @@ class IgvaTrainer(Trainer):
 
     def start_window(self) -> None:
         """Begin to count and to time anew, at the step where the run stands."""
-        self._meter = StepMeter(self._config, self.args.device)
+        self._meter = StepMeter(self._config, self.args.device, self._flops, self._peak_flops)
         self._last_logged_step = self.state.global_step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -91,16 +95,31 @@ class IgvaTrainer(Trainer):
         """As in transformers; with ``batches``, a loader of this rank's batches only, which is not to be sharded once more."""
         if self._batches is None:
             return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
-        return _EpochLoader(
-            self.train_dataset,
-            batch_sampler=self._batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        return _EpochLoader(self.train_dataset, batch_sampler=self._batches, **self._loader_settings())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """A loader of this rank's held-out batches, each sample once over all ranks (transformers repeats some)."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("there is no eval_dataset; give one to the trainer or to evaluate()")
+        batches = HeldOutBatchSampler(
+            len(dataset), self.args.per_device_eval_batch_size, self.args.process_index, self.accelerator.num_processes
         )
+        return DataLoader(dataset, batch_sampler=batches, **self._loader_settings())
+
+    def _loader_settings(self) -> dict[str, Any]:
+        workers = self.args.dataloader_num_workers
+        return {
+            "collate_fn": self.data_collator,
+            "num_workers": workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor if workers else None,
+        }
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in transformers, with a clock at the loader."""
+        return super().get_batch_samples(self._meter.timed(epoch_iterator), num_batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # "loss" marks the entries of training steps; those of evaluations and the final summary have other keys.
@@ -120,6 +139,22 @@ class IgvaTrainer(Trainer):
         finally:
             self._meter.pause(time.perf_counter() - start)
 
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As in transformers, with the loss per token over all held-out data: its own is a mean of the batches' means."""
+        self._held_out = _HeldOutLoss(dataloader.batch_sampler.num_counted, self.args.device)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._held_out.read(lambda sums: self.accelerator.reduce(sums, "sum"))
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The cross-entropy of a held-out batch per token; logits are never made."""
+        inputs = {**self._prepare_inputs(inputs), "use_cache": False}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = model(**inputs, num_items_in_batch=1).cross_entropy
+        return self._held_out.add(total, inputs["labels"]), None, None
+
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -136,21 +171,31 @@ class IgvaTrainer(Trainer):
                 return learning_rate
         return self.args.learning_rate
 
-    # Intermediate checkpoints of a LoRA run hold the trained parts only; the base model is where the run began.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not has_lora(model):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            save_adapters(model, output_dir or self.args.output_dir)
+class _HeldOutLoss:
+    """Sums the cross-entropy and the labels of the batches that count.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.accelerator.unwrap_model(self.model if model is None else model)
-        if has_lora(target):
-            load_adapters(target, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    Args:
+        num_counted: batches of this rank that count; those that follow are fillers.
+        device: where the model runs.
+    """
+
+    def __init__(self, num_counted: int, device: torch.device) -> None:
+        self._left = num_counted
+        self._sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    def add(self, cross_entropy: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take in the summed cross-entropy of a batch; returns its mean over the labels."""
+        num_labels = (labels[:, 1:] != IGNORE_INDEX).sum()
+        if self._left > 0:
+            self._sums += torch.stack([cross_entropy.to(self._sums.dtype), num_labels.to(self._sums.dtype)])
+        self._left -= 1
+        return cross_entropy / num_labels.clamp(min=1)
+
+    def read(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """The mean over all labels of all ranks; a collective, which all ranks must call."""
+        cross_entropy, num_labels = sum_over_ranks(self._sums).tolist()
+        return cross_entropy / max(num_labels, 1)
 
 
 class _EpochLoader(DataLoader):

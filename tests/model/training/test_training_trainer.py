@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from model.data.batches import HeldOutBatchSampler
 from model.data.collator import ImageTextCollator
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import samples_from_records
 from model.training.callbacks import status_text
+from model.training.flops import StepFlops
 from model.training.freeze import apply_stage
-from model.training.trainer import IgvaTrainer
+from model.training.trainer import IgvaTrainer, _HeldOutLoss
 
 
 @pytest.fixture
@@ -108,6 +110,36 @@ def test_the_held_out_loss_is_the_cross_entropy(make_trainer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_the_held_out_loss_weighs_tokens_and_not_batches(make_trainer):
+    losses = []
+    for size in (1, 3, 8):
+        trainer = make_trainer(2, per_device_eval_batch_size=size)
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    # The answers have 1 to 50 letters: the mean of the batches' means would be off by percents.
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    model = trainer.model.eval()
+    whole = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    with torch.no_grad():
+        assert losses[0] == pytest.approx(model(**whole).cross_entropy.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "size", "ranks"), [(7, 2, 1), (7, 2, 2), (9, 2, 2), (1, 4, 3), (12, 3, 4)])
+def test_every_held_out_sample_counts_once_and_every_rank_runs_as_often(samples, size, ranks):
+    samplers = [HeldOutBatchSampler(samples, size, rank, ranks) for rank in range(ranks)]
+    assert len({len(sampler) for sampler in samplers}) == 1
+    assert all(0 < len(batch) <= size for sampler in samplers for batch in sampler)
+    counted = [index for sampler in samplers for batch in list(sampler)[: sampler.num_counted] for index in batch]
+    assert sorted(counted) == list(range(samples))
+
+
+def test_fillers_do_not_count(make_trainer):
+    loss = _HeldOutLoss(1, torch.device("cpu"))
+    labels = torch.tensor([[-100, 1, 2, -100]])
+    assert loss.add(torch.tensor(6.0), labels) == 3
+    loss.add(torch.tensor(100.0), labels)
+    assert loss.read(lambda sums: sums) == 3
+
+
 def test_the_log_shows_the_mean_weights_of_the_groups_and_the_speed(make_trainer):
     trainer = make_trainer()
     trainer.train()
@@ -118,8 +150,35 @@ def test_the_log_shows_the_mean_weights_of_the_groups_and_the_speed(make_trainer
     lengths = [len(sample["input_ids"]) for sample in trainer.train_dataset]
     assert entry["padding_share"] == pytest.approx(1 - sum(lengths) / (8 * max(lengths)))
     text = status_text(entry)
-    for part in ("loss ", "weights 0.", "tokens/s", "samples/s", "padding ", "peak "):
+    for part in ("loss ", "weights 0.", "tokens/s", "samples/s", "TFLOP/s", "padding ", "data wait ", "peak "):
         assert part in text
+    assert "of the card" not in text and "share_of_peak" not in entry  # nothing is claimed on a CPU
+    assert 0 < entry["data_wait_share"] < 1
+
+
+def test_the_log_shows_the_operations_and_their_share_of_a_known_card(make_trainer):
+    trainer = make_trainer()
+    trainer._peak_flops = 1e12
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    samples = [trainer.train_dataset[index] for index in range(8)]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    labels = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
+    images = sum(len(sample.get("pixel_values", ())) for sample in samples)
+    total = StepFlops.of(trainer.model).total(sum(lengths), sum(length**2 for length in lengths), labels, images)
+    assert entry["tflops_per_second"] == pytest.approx(total * entry["samples_per_second"] / 8 / 1e12)
+    assert entry["share_of_peak"] == pytest.approx(entry["tflops_per_second"])
+    assert f"({100 * entry['share_of_peak']:.1f} % of the card)" in status_text(entry)
+
+
+def test_the_time_at_the_loader_counts_as_waiting_for_data(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    clock = iter([0.0, 0.0, 3.0, 3.0, 4.0, 5.0, 5.0, 10.0])
+    monkeypatch.setattr("model.training.meter.time.perf_counter", lambda: next(clock))
+    trainer.start_window()
+    assert list(trainer._meter.timed(iter([7, 8]))) == [7, 8]
+    logs = trainer._meter.read(1, lambda counts: counts)
+    assert logs["data_wait_share"] == pytest.approx((3 + 1) / 10)
 
 
 def test_projector_and_allocator_may_have_learning_rates_of_their_own(make_trainer):
