@@ -43,7 +43,13 @@ def machine_code() -> ModuleType:
 
 
 class Budgets:
-    """The recorded numbers, checked or, with ``--update-budgets``, replaced."""
+    """The recorded numbers, checked or, with ``--update-budgets``, replaced.
+
+    Attributes:
+        pinned: whether this is the Triton of constraints.txt.
+    """
+
+    pinned = importlib.metadata.version("triton") == PINNED_TRITON
 
     def __init__(self, recorded: dict[str, dict[str, Any]], update: bool) -> None:
         self.recorded, self.update = recorded, update
@@ -64,8 +70,7 @@ class Budgets:
 
 def of_this_triton(path: Path) -> Path:
     """``budgets.json`` for the pinned version, ``budgets.triton-3.9.0.json`` for that one."""
-    version = importlib.metadata.version("triton")
-    return path if version == PINNED_TRITON else path.with_suffix(f".triton-{version}.json")
+    return path if Budgets.pinned else path.with_suffix(f".triton-{importlib.metadata.version('triton')}.json")
 
 
 @pytest.fixture(scope="module")

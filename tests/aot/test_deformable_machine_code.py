@@ -97,7 +97,9 @@ def test_machine_code_stays_within_its_budget(machine_code, record, budgets, cas
         assert (code.wide_loads, code.narrow_loads, code.wide_stores, code.narrow_stores) == (corners, places, 1, 0)
     elif kernel == "attention_backward_kernel":
         assert (code.wide_loads, code.wide_stores, code.narrow_stores) == (corners + 1, 0, places)
-        assert code.narrow_loads <= 3 * places  # the places are loaded once more for each way in which a row is held
+        # The places are loaded once more for each way in which a row is held: three by Triton 3.6, seven by 3.9 where the
+        # additions are single.
+        assert code.narrow_loads <= (3 if budgets.pinned else 7) * places
     elif kernel == "value_gradient_kernel":
         assert code.wide_loads == 2  # rows of the gradient, for the samples above the cell and those below it
     budgets.check(f"{case}, {kernel} | {target} | {str(dtype).removeprefix('torch.')} | {channels}", code.as_dict())
@@ -115,9 +117,8 @@ def test_additions_are_as_wide_as_the_target_can(machine_code, record, target, e
 def test_the_gather_has_no_atomics(machine_code, record) -> None:
     for kernel in ("sort_keys_kernel", "value_gradient_kernel"):
         launch = record("dvalue gathered", kernel, "sm_90", tensors(torch.bfloat16, CHANNELS))
-        assert not re.search(
-            r"\b(RED|ATOM)", machine_code.disassemble(machine_code.compile_kernel(launch, "sm_90").asm["cubin"])[0]
-        )
+        listing, _ = machine_code.disassemble(machine_code.compile_kernel(launch, "sm_90").asm["cubin"])
+        assert not re.search(r"\b(REDG?|ATOM[GS]?)\b", listing)  # REDUX is a sum within a warp
 
 
 @pytest.mark.parametrize(("case", "kernel"), KERNELS)
