@@ -18,6 +18,7 @@ from igva_kernels.functional import (
     mix,
     reduce_groups,
 )
+from igva_kernels.output_norm import OutputNorm
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
 from igva_kernels.program import Norm
 
@@ -30,6 +31,7 @@ __all__ = [
     "Mean",
     "MultiScaleDeformableAttention",
     "Norm",
+    "OutputNorm",
     "SparseWeights",
     "Weighted",
     "fuse",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from igva_kernels import (
     eager,
+    normalised,
     ops,  # noqa: F401  (registers the operators)
     passing,
 )
@@ -28,6 +29,7 @@ from igva_kernels.checks import (
     select_states,
 )
 from igva_kernels.dispatch import resolve
+from igva_kernels.output_norm import OutputNorm, check_output_norm
 from igva_kernels.plan import FusionPlan
 from igva_kernels.program import MixProgram
 from igva_kernels.quick import signatures_of
@@ -75,6 +77,7 @@ def fuse(
     weights: Tensor | SparseWeights | None = None,
     *,
     num_prefix_tokens: int,
+    output_norm: OutputNorm | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
     """Mix the layers of a tower in one pass: each hidden state is read once, the output written once.
@@ -94,20 +97,26 @@ def fuse(
         weights: (K,) shared, (B, K) per image or (B, N, K) per token, any floating dtype, every one with a gradient;
             :class:`SparseWeights` for a few groups a token; None for a plan without weighted slots.
         num_prefix_tokens: P, the tokens before the patches: 1 for CLIP, 0 for SigLIP, 1 + registers for DINOv2.
+        output_norm: a norm over the S*D channels of each token, in the same pass (TGIF, VipLlava); its parameters get gradients
+            as well. None for the mix as it is.
         impl: ``"auto"`` takes the Triton kernels on a GPU and the compiled ones on a CPU where they can run, else plain
             torch; a named implementation never gives way.
 
     Returns:
-        (B, N, S*D) in the dtype of the hidden states, contiguous.
+        (B, N, S*D) in the dtype of the hidden states, or of the parameters of ``output_norm``; contiguous.
 
     Raises:
         TypeError: an argument of a wrong type, hidden states or weights that are not floating point.
         ValueError: a wrong number of hidden states, a layer that the plan reads is None, shapes, dtypes or devices that differ,
-            weights missing, superfluous or of a wrong shape, ``impl`` unknown or unable to run this input.
+            weights missing, superfluous or of a wrong shape, an ``output_norm`` that does not fit the output, ``impl`` unknown
+            or unable to run this input.
     """
     check_plan(plan)
+    if output_norm is not None:
+        states = select_states(hidden_states, plan, plan.sources, num_prefix_tokens)
+        return _fuse_normalised(states, weights, output_norm, plan, plan.program, num_prefix_tokens, None, impl)
     options = (num_prefix_tokens, impl)
-    if eager.is_plain() and (fused := eager.fuse_again(signatures_of(plan), hidden_states, weights, options)) is not None:
+    if not eager.is_watched() and (fused := eager.fuse_again(signatures_of(plan), hidden_states, weights, options)) is not None:
         return fused
     states = select_states(hidden_states, plan, plan.sources, num_prefix_tokens)
     check_impl(impl)
@@ -237,22 +246,25 @@ def mix(
     plan: FusionPlan,
     weights: Tensor | SparseWeights | None = None,
     *,
+    output_norm: OutputNorm | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
     """The second of two steps: the slots of the plan from finished group means.
 
     Args:
         group_means: the result of :func:`reduce_groups` for the same plan.
-        plan, weights, impl: as for :func:`fuse`.
+        plan, weights, output_norm, impl: as for :func:`fuse`.
 
     Returns:
-        (B, N, S*D) in ``group_means.dtype``, contiguous.
+        (B, N, S*D) in ``group_means.dtype``, or in the dtype of the parameters of ``output_norm``; contiguous.
 
     Raises:
-        ValueError: ``group_means`` does not fit the plan; weights and ``impl`` as for :func:`fuse`.
+        ValueError: ``group_means`` does not fit the plan; weights, ``output_norm`` and ``impl`` as for :func:`fuse`.
     """
     check_plan(plan)
     states = check_group_means(group_means.means, group_means.copies, group_means.dtype, plan)
+    if output_norm is not None:
+        return _fuse_normalised(states, weights, output_norm, plan, plan.mix_program, 0, group_means.dtype, impl)
     check_impl(impl)
     values, indices = weights if isinstance(weights, SparseWeights) else (weights, None)
     check_weights(values, indices, plan, states[0], 0)
@@ -260,6 +272,24 @@ def mix(
     if eager.is_plain(values, indices, *states):
         return eager.fuse(states, values, indices, plan.mix_program, 0, dtype, impl)
     return _fuse_operator(states, values, indices, plan.mix_program, 0, dtype, impl)
+
+
+def _fuse_normalised(
+    states: list[Tensor],
+    weights: Tensor | SparseWeights | None,
+    output_norm: OutputNorm,
+    plan: FusionPlan,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    dtype: torch.dtype | None,
+    impl: str,
+) -> Tensor:
+    check_impl(impl)
+    values, indices = weights if isinstance(weights, SparseWeights) else (weights, None)
+    check_weights(values, indices, plan, states[0], num_prefix_tokens)
+    dtype = None if dtype == states[0].dtype else dtype
+    check_output_norm(output_norm, plan.num_slots * states[0].shape[2], dtype or states[0].dtype, states[0].device)
+    return normalised.fuse(states, values, indices, output_norm, program, num_prefix_tokens, dtype, impl)
 
 
 def _fuse_operator(

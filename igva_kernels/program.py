@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 NormKind = Literal["layer", "rms"]
-_NORM_KINDS: tuple[NormKind, ...] = ("layer", "rms")
+NORM_KINDS: tuple[NormKind, ...] = ("layer", "rms")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Norm:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.kind not in _NORM_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, _NORM_KINDS))}, got {self.kind!r}")
+        if self.kind not in NORM_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, NORM_KINDS))}, got {self.kind!r}")
         if not self.eps >= 0:
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
 
@@ -196,11 +196,11 @@ def _encode_norm(norm: Norm | None) -> tuple[int, int]:
     if norm is None:
         return 0, 0
     (bits,) = struct.unpack("<q", struct.pack("<d", norm.eps))
-    return 1 + _NORM_KINDS.index(norm.kind), bits
+    return 1 + NORM_KINDS.index(norm.kind), bits
 
 
 def _decode_norm(kind: int, bits: int) -> Norm | None:
     if kind == 0:
         return None
     (eps,) = struct.unpack("<d", struct.pack("<q", bits))
-    return Norm(_NORM_KINDS[kind - 1], eps)
+    return Norm(NORM_KINDS[kind - 1], eps)

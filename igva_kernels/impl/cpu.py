@@ -7,23 +7,19 @@ through; everything is in place, so that a few tiles are all that is made beside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from igva_kernels.impl.cpu_tiles import Tile, tiles
+from igva_kernels.impl.output_norm import normalise
 from igva_kernels.impl.reference import accumulation_dtype, summary_groups, weight_of_column
+from igva_kernels.output_norm import OutputNorm, statistics_of
 from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
-
-TILE_ELEMENTS = 1 << 20
-"""Elements of one tile: 4 MiB of float32 accumulator, which the last-level cache holds while the states stream through. Smaller
-tiles fit a nearer cache, but pay thirty calls and, with several threads, thirty barriers each. Measured for CLIP-L on two AVX2
-cores with 2^15, 2^17 and 2^20 elements: 19.5, 9.4 and 6.2 ms (float32, B = 1), 71, 35 and 21 ms (bfloat16, B = 4)."""
-
-Tile = tuple[slice, slice]
 
 
 def check_supported(
@@ -61,7 +57,7 @@ def fuse_forward(
     factors = _Factors(weights, indices, wide)
     copies = _copies_by_source(program)
     uses = _uses_by_group(program)
-    for tile in _tiles(patches[0]):
+    for tile in tiles(patches[0]):
         copied: set[int] = set()
         sums: dict[int, Tensor] = {}
         for g, group in enumerate(program.groups):
@@ -93,13 +89,54 @@ def fuse_forward(
     return out, means
 
 
+def normalised_forward(
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    norm: OutputNorm,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    save_mixed: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`fuse_forward` with a norm behind it; arguments and results as for the reference.
+
+    The mix of a tile is made in the accumulation dtype and normalised while it lies in the cache.
+    """
+    batch, num_patches, width = states[0][:, num_prefix_tokens:].shape
+    dtype = states[0].dtype if dtype is None else dtype
+    wide = accumulation_dtype(states[0].dtype)
+    shape = (batch, num_patches, len(program.slots) * width)
+    out = states[0].new_empty(shape, dtype=norm.dtype_of(dtype))
+    mixed = out.new_empty(shape if save_mixed else 0)
+    statistics = out.new_empty((statistics_of(norm), *shape[:2], 1) if save_mixed else 0, dtype=wide)
+    means = out.new_empty((program.num_weighted_groups, batch, num_patches, width) if save_means else 0, dtype=dtype)
+    for tile in tiles(out):
+        images, rows = tile
+        of_tile = [state.detach()[images, num_prefix_tokens:][:, rows] for state in states]
+        weights_of_tile = weights if weights is None or weights.ndim == 1 else weights[tile[: weights.ndim - 1]]
+        indices_of_tile = None if indices is None else indices[tile]
+        mix, of_means = fuse_forward(of_tile, weights_of_tile, program, 0, save_means, indices=indices_of_tile, dtype=wide)
+        normalised, of_rows = normalise(mix, norm)
+        out[tile].copy_(normalised)
+        if save_means:
+            means[:, images, rows].copy_(of_means)
+        if save_mixed:
+            mixed[tile].copy_(mix)
+            for kept, values in zip(statistics, of_rows, strict=True):
+                kept[tile].copy_(values)
+    return out, means, mixed, statistics
+
+
 def reduce_forward(
     states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The (G, B, N, D) means of all groups of the program, in ``dtype`` (None: that of the states)."""
     patches, batch, num_patches, width = _patches(states, num_prefix_tokens)
     means = patches[0].new_empty(len(program.groups), batch, num_patches, width, dtype=dtype)
-    for tile in _tiles(patches[0]):
+    for tile in tiles(patches[0]):
         for g in range(len(program.groups)):
             means[g][tile].copy_(_mean_of_group(patches, program, g, tile))
     return means
@@ -219,21 +256,6 @@ def _patches(states: Sequence[Tensor], num_prefix_tokens: int) -> tuple[list[Ten
     return patches, batch, num_patches, width
 
 
-def _tiles(like: Tensor) -> Iterator[Tile]:
-    """Slices (images, patches) that cover a (B, N, D) map; the whole map at once off the CPU, where launches are dear."""
-    batch, num_patches, width = like.shape
-    if like.numel() == 0:
-        return
-    if like.device.type != "cpu":
-        yield slice(None), slice(None)
-        return
-    images = max(1, TILE_ELEMENTS // (num_patches * width))
-    rows = num_patches if images > 1 else max(1, TILE_ELEMENTS // width)
-    for first_image in range(0, batch, images):
-        for first_row in range(0, num_patches, rows):
-            yield slice(first_image, first_image + images), slice(first_row, first_row + rows)
-
-
 def _member(patches: Tensor, norm: Norm | None, wide: torch.dtype) -> Tensor:
     """One member's tile as its group adds it: normalised where the group says so."""
     if norm is None:
@@ -341,7 +363,7 @@ def _grad_states(
     for grad in grads:
         grad[:, :num_prefix_tokens] = 0
     targets = [grad[:, num_prefix_tokens:] for grad in grads]
-    for tile in _tiles(like):
+    for tile in tiles(like):
         shares: dict[int, Tensor] = {}  # a normalised group gives each of its members another gradient, from one share
         for target, source, (copy_slots, groups) in zip(targets, source_of_class, classes, strict=True):
             total: Tensor | None = None
@@ -392,7 +414,7 @@ def _grad_weights(
     grad_weights = grad_slots[0].new_zeros(
         weights.shape if per_token else (grad_slots[0].shape[0], weights.shape[-1]), dtype=wide
     )
-    for tile in _tiles(grad_slots[0]):
+    for tile in tiles(grad_slots[0]):
         for g in range(program.num_weighted_groups):
             reached = [(s, column) for s, column in uses[g] if column != PLAIN and factors.reach(column, tile)]
             if not reached:

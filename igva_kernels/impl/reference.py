@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from igva_kernels.output_norm import OutputNorm, statistics_of
 from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 # Shapes: B images, T tokens with prefix, P prefix tokens, N = T − P patches, D width, K weights, G groups, S slots.
@@ -78,6 +79,70 @@ def fuse_forward(
     out = torch.cat(slots, dim=-1)
     saved = torch.stack(means[: program.num_weighted_groups]).to(dtype) if save_means else states[0].new_empty(0)
     return out, saved
+
+
+def normalised_forward(
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    norm: OutputNorm,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    save_mixed: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`fuse_forward` with a norm over the S*D channels of each token behind it, and what the backward needs.
+
+    Args:
+        norm: its parameters; the output is in their dtype.
+        save_mixed: whether to keep the mix before the norm and the statistics of its rows; empty tensors if not.
+        dtype: that of the mix without a norm, and of the means.
+
+    Returns:
+        The output (B, N, S*D), the means as from :func:`fuse_forward`, the mix in the dtype of the output, and in the
+        accumulation dtype mean and 1/deviation of each row, (2, B, N, 1); (1, B, N, 1) for an RMSNorm, which has no mean.
+    """
+    dtype = states[0].dtype if dtype is None else dtype
+    wide = accumulation_dtype(states[0].dtype)
+    mixed, means = fuse_forward(states, weights, program, num_prefix_tokens, save_means, indices=indices, dtype=wide)
+    mixed = mixed.to(wide)  # copies alone are as the states
+    out = normalised_rows(mixed, norm.weight, norm.bias, norm).to(norm.dtype_of(dtype))
+    if not save_mixed:
+        return out, means.to(dtype), out.new_empty(0), out.new_empty(0, dtype=wide)
+    mean = mixed.mean(-1, keepdim=True) if norm.kind == "layer" else torch.zeros_like(mixed[..., :1])
+    factor = 1 / ((mixed - mean).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    statistics = torch.stack([mean, factor])[-statistics_of(norm) :]
+    return out, means.to(dtype), mixed.to(out.dtype), statistics
+
+
+def output_norm_backward(
+    grad_out: Tensor, mixed: Tensor, statistics: Tensor, norm: OutputNorm, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The vector-Jacobian product of the norm: dL/d(mix), dL/d(weight), dL/d(bias), those that are needed.
+
+    Autograd computes the statistics again, from ``mixed``; the other implementations take those of the forward.
+    """
+    wide = accumulation_dtype(mixed.dtype)
+    with torch.enable_grad():
+        values = (mixed, norm.weight, norm.bias)
+        leaves = [None if each is None else each.detach().to(wide).requires_grad_() for each in values]
+        out = normalised_rows(_required(leaves[0]), leaves[1], leaves[2], norm)
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
+        grads = iter(torch.autograd.grad(out, wanted, grad_out.to(wide)))
+    to_mixed, to_weight, to_bias = (
+        next(grads).to(value.dtype) if need and value is not None else None for value, need in zip(values, needs, strict=True)
+    )
+    return to_mixed, to_weight, to_bias
+
+
+def normalised_rows(rows: Tensor, weight: Tensor | None, bias: Tensor | None, norm: OutputNorm) -> Tensor:
+    """Rows (..., S*D) behind the norm, in their dtype."""
+    weight, bias = (None if each is None else each.to(rows.dtype) for each in (weight, bias))
+    if norm.kind == "rms":
+        return functional.rms_norm(rows, rows.shape[-1:], weight, norm.eps)
+    return functional.layer_norm(rows, rows.shape[-1:], weight, bias, norm.eps)
 
 
 def reduce_forward(

@@ -143,14 +143,14 @@ def test_strided_states_and_strided_gradients(impl, make_states, make_weights, f
 
 
 def test_tiles_smaller_than_one_image_and_larger_than_the_batch_give_the_same(monkeypatch, make_states, make_weights):
-    from igva_kernels.impl import cpu
+    from igva_kernels.impl import cpu, cpu_tiles
 
     plan = FusionPlan.igva(4, 2)
     states = [state.requires_grad_() for state in make_states(plan, batch=5, tokens=30)]
     weights = make_weights(plan, "per_token", batch=5, patches=29).requires_grad_()
     results = []
     for elements in (1, 100, 400, 1 << 20):
-        monkeypatch.setattr(cpu, "TILE_ELEMENTS", elements)
+        monkeypatch.setattr(cpu_tiles, "TILE_ELEMENTS", elements)
         out = fuse(states, plan, weights, num_prefix_tokens=1, impl="torch")
         results.append((out, *torch.autograd.grad(out, [weights, *states[1:]], torch.ones_like(out))))
     for other in results[1:]:

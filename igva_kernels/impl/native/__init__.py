@@ -31,14 +31,17 @@ from igva_kernels.impl.native.structs import (
     backward_layout,
     forward_layout,
     maps,
+    norm_of_row,
     reduction_layout,
 )
+from igva_kernels.output_norm import OutputNorm, statistics_of
 from igva_kernels.program import MixProgram
 
 __all__ = [
     "check_supported",
     "fuse_backward",
     "fuse_forward",
+    "normalised_forward",
     "reduce_backward",
     "reduce_forward",
     "summaries_backward",
@@ -98,6 +101,45 @@ def fuse_forward(
     factors = _Factors(weights, indices, program.num_weights)
     _run_forward(states, factors, forward_layout(program), num_prefix_tokens, out, means, num_means)
     return out, means
+
+
+def normalised_forward(
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    norm: OutputNorm,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    save_mixed: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`fuse_forward` with a norm behind it; arguments and results as for the reference.
+
+    The row of a token is complete in scratch before any of it is stored, so that the norm moves nothing but its result.
+    """
+    batch, tokens, width = states[0].shape
+    rows = tokens - num_prefix_tokens
+    dtype = states[0].dtype if dtype is None else dtype
+    shape = (batch, rows, len(program.slots) * width)
+    out = states[0].new_empty(shape, dtype=norm.dtype_of(dtype))
+    mixed = out.new_empty(shape if save_mixed else (0,))
+    kept = statistics_of(norm) if save_mixed else 0
+    statistics = out.new_empty((kept, batch, rows, 1) if save_mixed else (0,), dtype=torch.float32)
+    num_means = program.num_weighted_groups if save_means else 0
+    means = out.new_empty((num_means, batch, rows, width) if save_means else (0,), dtype=dtype)
+    parameters = [None if each is None else each.detach().to(torch.float32).contiguous() for each in norm[:2]]
+    of_norm = (
+        norm_of_row(norm),
+        *(None if each is None else each.data_ptr() for each in parameters),
+        mixed.data_ptr() if save_mixed else None,
+        statistics[0].data_ptr() if kept == 2 else None,
+        statistics[-1].data_ptr() if kept else None,
+    )
+    factors = _Factors(weights, indices, program.num_weights)
+    _run_forward(states, factors, forward_layout(program), num_prefix_tokens, out, means, num_means, of_norm)
+    return out, means, mixed, statistics
 
 
 def reduce_forward(
@@ -187,19 +229,24 @@ def _run_forward(
     out: Tensor | None,
     means: Tensor,
     num_means: int,
+    of_norm: tuple = (),
 ) -> None:
+    """Fill ``out`` and ``means``, and what else ``of_norm``, the last fields of ``struct forward``, points to."""
     patches = states[layout.members[0] if layout.members else 0][:, num_prefix_tokens:]  # copied ones may be narrower
     if patches.numel() == 0:
         return
     num_bytes = len(states) * patches.numel() * patches.element_size()
-    shape, scratch = _shape(patches, num_bytes, sums=layout.num_mixed, once=2, for_each=layout.num_slots)
+    sums = layout.num_slots if of_norm else layout.num_mixed  # a norm wants copies in scratch as well
+    shape, scratch = _shape(patches, num_bytes, sums=sums, once=2, for_each=layout.num_slots)
     sources = maps(states, num_prefix_tokens)
     job = Forward(
         shape,
         layout.groups,
         factors.struct(shape.rows),
         TYPES[patches.dtype],
+        TYPES[states[layout.copied[0]].dtype] if layout.copied else 0,
         TYPES[means.dtype if out is None else out.dtype],
+        TYPES[means.dtype],
         layout.num_slots,
         num_means,
         addressof(layout.mixed_slot),
@@ -209,6 +256,7 @@ def _run_forward(
         sources.buffer_info()[0],
         None if out is None else out.data_ptr(),
         means.data_ptr(),
+        *of_norm,
     )
     library().igva_forward(byref(job))
     del scratch  # alive until here: the job holds its address

@@ -152,19 +152,49 @@ struct forward {
     struct shape shape;
     struct groups groups;
     struct weights weights;
-    int64_t in_type, out_type, num_slots, num_means; /* the means of the first num_means groups are kept */
+    int64_t in_type, copy_type, out_type, mean_type; /* of the members of groups, the copied sources, the outputs */
+    int64_t num_slots, num_means;                    /* the means of the first num_means groups are kept */
     const int64_t *mixed_slot;                       /* per slot: 1 for a sum, 0 for a copy */
     const int64_t *copy_start, *copy_source, *copy_slot; /* copies to make after group g; at g = G those of no group */
     const struct map *sources;
     char *out;                                       /* (B, N, S*D) */
     char *means;                                     /* (num_means, B, N, D) */
+    struct norm norm;                                /* over the S*D channels of a row of the output, or NO_NORM */
+    const float *norm_weight, *norm_bias;            /* (S*D), or null */
+    char *mixed;                                     /* the rows before that norm, as the output, or null */
+    float *row_mean, *row_factor;                    /* (B, N), of each row, where ``mixed`` is kept */
 };
+
+/* The slots of row r of a chunk, which lie in ``sums`` (S, rows of the chunk), normalised together and stored. */
+static void store_normalised(const struct forward *job, struct chunk chunk, int64_t r, const char *begun, float *sums)
+{
+    const int64_t width = job->shape.width, num_slots = job->num_slots, part = job->shape.rows_per_chunk * padded(width);
+    const int64_t row = chunk.image * job->shape.rows + chunk.first_row + r, bytes = width * size_of((int)job->out_type);
+    float *const first = sums + r * padded(width);
+    float mean;
+    for (int64_t slot = 0; slot < num_slots; slot++) {
+        float *values = first + slot * part;
+        if (!begun[r * num_slots + slot]) memset(values, 0, (size_t)padded(width) * sizeof *values);
+        for (int64_t i = width; i < padded(width); i++) values[i] = 0;
+        if (job->mixed)
+            FOR_TYPE(job->out_type, stream_row(TYPE, job->mixed + (row * num_slots + slot) * bytes, values, width));
+    }
+    const float factor = normalise_parts(job->norm, first, num_slots, part, width, &mean);
+    if (job->row_mean) job->row_mean[row] = mean;
+    if (job->row_factor) job->row_factor[row] = factor;
+    for (int64_t slot = 0; slot < num_slots; slot++) {
+        const float *weight = job->norm_weight ? job->norm_weight + slot * width : NULL;
+        const float *bias = job->norm_bias ? job->norm_bias + slot * width : NULL;
+        scale_and_shift(first + slot * part, weight, bias, width);
+        FOR_TYPE(job->out_type, store_row(TYPE, job->out + (row * num_slots + slot) * bytes, first + slot * part, width));
+    }
+}
 
 static void forward_chunk(const struct forward *job, struct chunk chunk, float *scratch)
 {
     const struct groups *groups = &job->groups;
     const int64_t width = job->shape.width, stride = padded(width), num_slots = job->num_slots, rows = job->shape.rows;
-    const int64_t bytes = width * size_of((int)job->out_type);
+    const int64_t bytes = width * size_of((int)job->out_type), bytes_of_mean = width * size_of((int)job->mean_type);
     char *const out = job->out + (chunk.image * rows + chunk.first_row) * num_slots * bytes;
     float *const mean = scratch, *const value = scratch + stride, *const sums = scratch + 2 * stride; /* (S, rows of the chunk) */
     const int64_t columns = job->weights.indices ? job->weights.num_columns : 0;
@@ -181,8 +211,8 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
             if (g >= job->num_means && !reaches_any(weights[r], groups, g)) continue;
             mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value);
             if (g < job->num_means) {
-                char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes;
-                FOR_TYPE(job->out_type, stream_row(TYPE, to, mean, width));
+                char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes_of_mean;
+                FOR_TYPE(job->mean_type, stream_row(TYPE, to, mean, width));
             }
             for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
                 const int64_t column = groups->use_column[u], slot = groups->use_slot[u];
@@ -194,11 +224,19 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
             }
         }
         for (int64_t c = job->copy_start[g]; c < job->copy_start[g + 1]; c++) /* while the rows are in the cache */
-            for (int64_t r = 0; r < chunk.num_rows; r++)
-                memcpy(out + (r * num_slots + job->copy_slot[c]) * bytes,
-                       row_of(job->sources + job->copy_source[c], chunk.image, chunk.first_row + r), (size_t)bytes);
+            for (int64_t r = 0; r < chunk.num_rows; r++) {
+                const char *from = row_of(job->sources + job->copy_source[c], chunk.image, chunk.first_row + r);
+                const int64_t slot = job->copy_slot[c];
+                if (job->norm.kind == NO_NORM) {
+                    memcpy(out + (r * num_slots + slot) * bytes, from, (size_t)bytes);
+                    continue;
+                }
+                FOR_TYPE(job->copy_type, load_row(TYPE, from, sums + (slot * job->shape.rows_per_chunk + r) * stride, width));
+                begun[r * num_slots + slot] = 1;
+            }
     }
-    for (int64_t r = 0; r < chunk.num_rows; r++)
+    for (int64_t r = 0; r < chunk.num_rows && job->norm.kind != NO_NORM; r++) store_normalised(job, chunk, r, begun, sums);
+    for (int64_t r = 0; r < chunk.num_rows && job->norm.kind == NO_NORM; r++)
         for (int64_t slot = 0; slot < num_slots; slot++) {
             char *to = out + (r * num_slots + slot) * bytes;
             const float *sum = sums + (slot * job->shape.rows_per_chunk + r) * stride;
@@ -223,9 +261,10 @@ static void forward_work(void *argument, int64_t worker)
 /* Scratch: (2 + S * rows_per_chunk) padded rows a thread. */
 void igva_forward(struct forward *job)
 {
-    const int64_t map = job->shape.batch * job->shape.rows * job->shape.width * size_of((int)job->out_type);
-    advise_large_pages(job->out, map * job->num_slots);
-    advise_large_pages(job->means, map * job->num_means);
+    const int64_t map = job->shape.batch * job->shape.rows * job->shape.width, out = map * size_of((int)job->out_type);
+    advise_large_pages(job->out, out * job->num_slots);
+    advise_large_pages(job->means, map * size_of((int)job->mean_type) * job->num_means);
+    if (job->mixed) advise_large_pages(job->mixed, out * job->num_slots);
     run_on(job->shape.threads, forward_work, job);
 }
 

@@ -153,6 +153,40 @@ static float normalise_row(struct norm norm, float *row, int64_t width)
     return factor;
 }
 
+/* A norm over ``parts`` rows of ``width`` channels that lie ``stride`` apart in scratch, as if they were one row; their padding is
+ * zero. ``mean`` gets the mean (0 for RMS_NORM), and the factor 1 / sqrt(variance + eps) is returned. */
+static float normalise_parts(struct norm norm, float *rows, int64_t parts, int64_t stride, int64_t width, float *mean)
+{
+    const double count = (double)(parts * width);
+    double sum = 0, squares = 0;
+    for (int64_t part = 0; part < parts && norm.kind == LAYER_NORM; part++) sum += sum_row(rows + part * stride, NULL, width);
+    *mean = (float)(sum / count);
+    for (int64_t part = 0; part < parts; part++) {
+        float *row = rows + part * stride;
+        const floats shift = splat(*mean);
+        for (int64_t i = 0; i < width && norm.kind == LAYER_NORM; i += STEP) {
+            const step value = load_scratch(row, i);
+            store_scratch(row, i, (step){value.low - shift, value.high - shift});
+        }
+        for (int64_t i = width; i < padded(width); i++) row[i] = 0;
+        squares += sum_row(row, row, width);
+    }
+    const float factor = (float)(1.0 / sqrt(squares / count + norm.eps));
+    for (int64_t part = 0; part < parts; part++) add_scaled(rows + part * stride, rows + part * stride, factor, width, 1);
+    return factor;
+}
+
+/* row = row * weight + bias, either of which may be null; these are not padded. */
+static void scale_and_shift(float *row, const float *weight, const float *bias, int64_t width)
+{
+    FOR_STEPS(width, {
+        step value = load_scratch(row, index);
+        if (weight) value = multiply_steps(value, load(FLOAT32, (const char *)weight, index, count));
+        if (bias) value = add(value, load(FLOAT32, (const char *)bias, index, count));
+        store_scratch(row, index, value);
+    });
+}
+
 /* The vector-Jacobian product of a norm: ``grad`` becomes the gradient of ``value``, which becomes normalised. */
 static void norm_gradient_row(struct norm norm, float *grad, float *value, int64_t width)
 {

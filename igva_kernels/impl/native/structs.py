@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from igva_kernels.output_norm import OutputNorm
 from igva_kernels.program import PLAIN, CopySlot, MixProgram, Norm
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -95,7 +96,9 @@ class Forward(Structure):
         ("groups", Groups),
         ("weights", Weights),
         ("in_type", c_int64),
+        ("copy_type", c_int64),
         ("out_type", c_int64),
+        ("mean_type", c_int64),
         ("num_slots", c_int64),
         ("num_means", c_int64),
         ("mixed_slot", c_void_p),
@@ -105,6 +108,12 @@ class Forward(Structure):
         ("sources", c_void_p),
         ("out", c_void_p),
         ("means", c_void_p),
+        ("norm", NormOfRow),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("mixed", c_void_p),
+        ("row_mean", c_void_p),
+        ("row_factor", c_void_p),
     )
 
 
@@ -157,6 +166,7 @@ class ForwardLayout:
         num_slots: S, or 0.
         num_mixed: how many of the slots are sums.
         members: the sources that belong to a group.
+        copied: those that a slot copies.
     """
 
     def __init__(self, program: MixProgram, only_means: bool) -> None:
@@ -165,6 +175,7 @@ class ForwardLayout:
         self.num_mixed = sum(not isinstance(slot, CopySlot) for slot in slots)
         self.members = tuple(sorted({source for group in program.groups for source in group}))
         self.groups, self._group_arrays = _groups(program.groups, program.norms, [] if only_means else _uses(program))
+        self.copied = program.copied_sources if slots else ()
         copies = [(slot.source, s) for s, slot in enumerate(slots) if isinstance(slot, CopySlot)]
         after: list[list[tuple[int, int]]] = [[] for _ in range(len(program.groups) + 1)]
         for source, slot in copies:  # right after the first group that reads the source
@@ -267,10 +278,13 @@ def _groups(
     return Groups(len(members), *(ctypes.addressof(values) for values in arrays)), arrays
 
 
+def norm_of_row(norm: Norm | OutputNorm | None) -> NormOfRow:
+    """``struct norm``."""
+    return NormOfRow(0, 0.0) if norm is None else NormOfRow({"layer": 1, "rms": 2}[norm.kind], norm.eps)
+
+
 def _norms(norms: Sequence[Norm | None]) -> ctypes.Array[NormOfRow]:
-    kinds = {"layer": 1, "rms": 2}
-    structs = [NormOfRow(0, 0.0) if norm is None else NormOfRow(kinds[norm.kind], norm.eps) for norm in norms]
-    return (NormOfRow * max(1, len(norms)))(*structs)
+    return (NormOfRow * max(1, len(norms)))(*map(norm_of_row, norms))
 
 
 def _starts(lists: Sequence[Sized]) -> list[int]:
