@@ -16,7 +16,7 @@ MODULES = {"reference": "reference", "torch": "cpu", "native": "native", "triton
 """Name of an implementation, as users write it, and its module in :mod:`igva_kernels.impl`."""
 
 
-_PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}
+PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}
 """What ``"auto"`` tries on a device, before plain torch, which runs everything."""
 
 
@@ -64,7 +64,7 @@ def resolve(
         ValueError: a named implementation cannot run them; the text says why.
     """
     if impl == "auto":
-        for name in _PREFERRED.get(states[0].device.type, ()):
+        for name in PREFERRED.get(states[0].device.type, ()):
             if name == "triton" and not triton_installed():
                 continue
             module = implementation(name)

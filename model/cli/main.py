@@ -18,6 +18,7 @@ _COMMANDS = (
     ("evaluate", "model.cli.evaluate", "exact match of a trained model on a LLaVA JSON file"),
     ("embed", "model.cli.embed", "embed the instructions of a LLaVA JSON file ahead of a run"),
     ("convert", "model.cli.convert", "checkpoints of other code bases to ours and back"),
+    ("doctor", "model.cli.doctor", "versions, devices, and which implementation will run and why"),
     ("compare", "model.quickstart.compare", "several fusions on the quickstart task, side by side"),
     ("quickstart", "model.quickstart.run", "train and evaluate a small model on real pictures on a CPU"),
 )
