@@ -11,6 +11,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from model.cli.errors import explain
+
 # Name, module with run(argv) -> int | None, one line of help.
 _COMMANDS = (
     ("train", "model.cli.train", "train a model from a recipe"),
@@ -30,9 +32,6 @@ _EXAMPLES = """examples:
 
 Each command has its own --help. Without an installation: python -m model COMMAND ...
 """
-
-# What a user can mend: said in one line. Anything else is a defect of the program and keeps its traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, KeyError, RuntimeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("igva: interrupted", file=sys.stderr)
         return 130
-    except _USER_ERRORS as error:
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
         if debug:
             traceback.print_exc()
         else:
-            print(f"igva {argv[0]}: {_one_line(error)}  (--debug shows where)", file=sys.stderr)
+            print(f"igva {argv[0]}: {line}  (--debug shows where)", file=sys.stderr)
         return 1
 
 
@@ -78,8 +80,3 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
