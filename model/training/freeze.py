@@ -73,7 +73,11 @@ class FreezeReport:
 
 
 def apply_stage(
-    model: IgvaLlavaForConditionalGeneration, stage: int, language_model_training: LanguageModelTraining = "frozen"
+    model: IgvaLlavaForConditionalGeneration,
+    stage: int,
+    language_model_training: LanguageModelTraining = "frozen",
+    *,
+    instructions: bool = True,
 ) -> FreezeReport:
     """Set the fusion of a stage and which parameters learn.
 
@@ -82,6 +86,8 @@ def apply_stage(
             (:func:`model.training.lora.add_lora`).
         stage: 1 or 2.
         language_model_training: ``frozen``, ``lora`` (the adapters learn) or ``full``.
+        instructions: whether there is a sentence encoder. Without one the weights are uniform and nothing runs the allocator,
+            so it is frozen: a parameter that learns and takes no part would stop DistributedDataParallel.
 
     Raises:
         ValueError: a stage or a way of training that does not exist, a language model that should learn in stage 1, or
@@ -105,7 +111,7 @@ def apply_stage(
     if "fusion" in parts:
         parts["fusion"].requires_grad_(True)
     if stage == 2:
-        if "allocator" in parts:
+        if "allocator" in parts and instructions:
             parts["allocator"].requires_grad_(True)
         if language_model_training == "full":
             parts["language_model"].requires_grad_(True)

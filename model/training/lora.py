@@ -53,8 +53,15 @@ def has_lora(model: nn.Module) -> bool:
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
-def save_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) -> None:
+def save_adapters(
+    model: IgvaLlavaForConditionalGeneration, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write adapters, projector and allocator of a model that was given adapters by :func:`add_lora`.
+
+    Args:
+        model: with adapters.
+        folder: made where it is missing.
+        state: the model's state dict, where the model itself holds shards only; None: the model's own.
 
     Raises:
         ValueError: the model has no adapters.
@@ -63,8 +70,9 @@ def save_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) 
     _require_lora(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_contiguous(peft.get_peft_model_state_dict(model)), folder / ADAPTER_FILE)
-    save_file(_contiguous(_trained_parts(model)), folder / TRAINED_PARTS_FILE)
+    state = model.state_dict() if state is None else state
+    save_file(_contiguous(peft.get_peft_model_state_dict(model, state_dict=state)), folder / ADAPTER_FILE)
+    save_file(_contiguous(_trained_parts(state)), folder / TRAINED_PARTS_FILE)
     # Last, as its presence says that the folder is whole.
     model.peft_config["default"].save_pretrained(str(folder))
 
@@ -83,7 +91,7 @@ def load_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) 
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a folder of adapters, or was not written to its end")
     parts = load_file(folder / TRAINED_PARTS_FILE)
-    _check_fit(_trained_parts(model), parts, folder / TRAINED_PARTS_FILE)
+    _check_fit(_trained_parts(model.state_dict()), parts, folder / TRAINED_PARTS_FILE)
     if not has_lora(model):
         _inject(peft.LoraConfig.from_pretrained(str(folder)), model)
     adapters = load_file(folder / ADAPTER_FILE)
@@ -111,6 +119,36 @@ def merge_lora(model: IgvaLlavaForConditionalGeneration) -> None:
     del model.peft_config
 
 
+@torch.no_grad()
+def merged_state(model: IgvaLlavaForConditionalGeneration, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of the plain model that :func:`merge_lora` would leave, in fp32; the model is not read or changed.
+
+    Args:
+        model: with adapters; it may hold shards only.
+        state: its whole state dict.
+
+    Raises:
+        ValueError: the model has no adapters, or a merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _require_lora(model)
+    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
+            merged[key.replace(".base_layer.", ".")] = merged.pop(key)
+        (adapter,) = layer.active_adapters
+        # In fp32: a merged weight in bf16 would round the adapters away.
+        down, up = (state[f"{name}.{part}.{adapter}.weight"].float() for part in ("lora_A", "lora_B"))
+        weight = merged[f"{name}.weight"].float() + (up @ down) * layer.scaling[adapter]
+        if not weight.isfinite().all():
+            raise ValueError(f"the merged weight of {name} is not finite; the adapters diverged in training")
+        merged[f"{name}.weight"] = weight
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in merged.items()}
+
+
 def _inject(config: Any, model: nn.Module) -> None:
     _peft().inject_adapter_in_model(config, model)
     # New modules are born in training mode: their dropout would be at work in a model that is in eval mode.
@@ -134,8 +172,8 @@ def _target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
     return [name for name in linear if name.rpartition(".")[2] in wanted]
 
 
-def _trained_parts(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_TRAINED_PARTS)}
+def _trained_parts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith(_TRAINED_PARTS)}
 
 
 def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], file: Path) -> None:
