@@ -180,6 +180,7 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
             "piece": _parameter("piece"),
             "µs, median (20 % – 80 %)": _spread,
             "of the processor, µs": lambda case: _microseconds(case["metrics"]["cpu_s"]),
+            "at least, µs": lambda case: _microseconds(case["metrics"]["least_s"]),
             "limit µs": lambda case: _microseconds(case["metrics"]["limit_s"]),
             "within": lambda case: "yes" if case["metrics"]["within_limit"] else "no",
             "": _metric("not_run", "{}"),

@@ -76,7 +76,13 @@ def stand_in_driver() -> Iterator[Launches]:
             mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
             # A kernel is made for the interpreter or the compiler when it is defined; afterwards only check_supported asks.
             mock.patch.object(triton.knobs.runtime, "interpret", True),
-            mock.patch.dict(dispatch._PREFERRED, {"cpu": ("triton",)}),
+            mock.patch.dict(dispatch.PREFERRED, {"cpu": ("triton",)}),
             mock.patch.object(driver, "_active", CudaDriver()),
         ):
             yield Launches(library)
+
+
+def itself() -> None:
+    """What a call pays for the stand-in where a GPU would ask torch for its current device and stream."""
+    torch._C._cuda_getDevice()
+    torch._C._cuda_getCurrentRawStream(0)

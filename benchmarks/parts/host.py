@@ -14,6 +14,7 @@ from igva_kernels.checks import check_weights, select_states
 from .. import stand_in
 from ..context import Context
 from ..host import CALL_LIMIT_S, Step, against, import_time, no_implementation, per_call
+from ..pieces import pieces_of
 
 MEASURES = """\
 import igva_kernels beyond import torch; one call of fuse with 24 tensors, in microseconds: the checks alone, checks with
@@ -61,7 +62,21 @@ def measure_launch(context: Context, plan: FusionPlan) -> None:
     with nullcontext() if on_gpu else stand_in.stand_in_driver():
         for mode, name in names.items():
             step = Step(plan, mode, context.device)
-            measure(context, name, step.forward, limit_s=None if mode == "trainable" else CALL_LIMIT_S)
+            with torch.no_grad() if mode == "forward" else nullcontext():
+                measure(context, name, step.forward, limit_s=None if mode == "trainable" else CALL_LIMIT_S)
+                if mode != "trainable":
+                    for piece, function in pieces_of(step).items():
+                        measure(context, f"{mode}, {piece}", function)
+            if mode != "forward":
+                out = step.forward()
+                measure(
+                    context,
+                    name.replace("forward pass", "backward pass"),
+                    lambda: torch.autograd.grad(out, step.leaves, step.grad_out, retain_graph=True),  # noqa: B023
+                    calls=10,
+                )
+        if not on_gpu:
+            measure(context, "the stand-in itself: current device, stream, nothing launched", stand_in.itself)
 
 
 def check(step: Step) -> None:

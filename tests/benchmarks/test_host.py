@@ -10,6 +10,7 @@ import torch
 from benchmarks import host
 from benchmarks.context import Context
 from benchmarks.parts import host as part
+from benchmarks.pieces import pieces_of
 from igva_kernels import FusionPlan, dispatch
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ def test_calls_are_counted_and_the_collector_is_back() -> None:
 
 
 def test_a_limit_is_held_against_the_processor_time() -> None:
-    found = host.times([3.0, 3.0, 3.0], [1.0, 1.0, 1.0])
-    assert found == {"median_s": 3.0, "low_s": 3.0, "high_s": 3.0, "cpu_s": 1.0, "rounds": 3}
+    found = host.times([3.0, 3.0, 3.0], [1.0, 0.5, 1.0])
+    assert found == {"median_s": 3.0, "low_s": 3.0, "high_s": 3.0, "cpu_s": 1.0, "least_s": 0.5, "rounds": 3}
     assert host.against(2.0, found) == {"limit_s": 2.0, "within_limit": True}
     assert not host.against(0.5, found)["within_limit"]
 
@@ -58,6 +59,12 @@ def test_the_operator_runs_around_nothing() -> None:
 def test_importing_does_not_import_triton() -> None:
     found = host.import_time(1)
     assert found["imports_triton"] is False and found["median_s"] > 0 and found["limit_s"] == 0.05
+    assert found["rounds"] == 1 and found["from_source_s"] > 0  # the first import, which compiles, is not among the rounds
+
+
+def test_a_call_that_is_not_replayed_has_no_pieces() -> None:
+    with pytest.raises(RuntimeError, match="no replay to take apart"):
+        pieces_of(host.Step(PLAN, "forward", CPU))
 
 
 def test_without_a_compiler_the_launch_is_reported_as_not_run(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
