@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.data.dataset import load_images
+from model.data.dataset import load_images, view_counts
 from model.data.llava_json import Sample, Turn
 from model.instruction import InstructionPolicy, embed_instructions
 
@@ -133,15 +133,16 @@ def evaluate(
     questions = [_question(sample) for sample in samples]
     prompts = [render_prompt(processor, turns) for turns in questions]
     embeds = _embeds(model, processor, questions, instruction_policy)
-    stop = answer_end_tokens(model, processor)
+    stop, grids = answer_end_tokens(model, processor), processor.anyres_grids
     answers: list[Answer | None] = [None] * len(samples)
     order = sorted(range(len(samples)), key=lambda index: len(prompts[index]))
     with tqdm(total=len(samples), disable=not show_progress, unit="sample") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             shown = [samples[index if picture_of is None else picture_of[index]] for index in batch]
-            pictures = [load_images(sample, processor, aspect_ratio) for sample in shown if sample.images]
-            counts = torch.tensor([len(sample.images) for sample in shown])
+            pictures = [load_images(sample, processor, aspect_ratio, grids) for sample in shown if sample.images]
+            loaded = iter(pictures)
+            counts = torch.tensor([len(next(loaded)) if sample.images else 0 for sample in shown])
             texts, weights = generate_answers(
                 model,
                 processor,
@@ -150,6 +151,7 @@ def evaluate(
                 embeds[batch].repeat_interleave(counts, dim=0) if embeds is not None and pictures else None,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                view_counts=[count for sample in shown for count in view_counts(sample, processor, aspect_ratio, grids)],
             )
             per_sample = [None] * len(batch) if weights is None else weights.split(counts.tolist())
             for index, text, rows in zip(batch, texts, per_sample, strict=True):
@@ -167,6 +169,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     stop: Sequence[int] | None = None,
+    view_counts: Sequence[int] | None = None,
 ) -> tuple[list[str], Tensor | None]:
     """Greedy answers to rendered prompts.
 
@@ -176,12 +179,12 @@ def generate_answers(
         instruction_embeds: (I, E), or None.
         max_new_tokens: longest answer.
         stop: tokens that end an answer; None: :func:`answer_end_tokens`.
+        view_counts: images that each placeholder stands for, see :func:`model.data.images.num_views`; None: one each.
 
     Returns:
         B texts, and the fusion weights (I, K) float32 or None.
     """
-    placeholders = processor.image_token * processor.num_image_tokens()
-    expanded = [prompt.replace(processor.image_token, placeholders) for prompt in prompts]
+    expanded = processor.expand_image_tokens(prompts, view_counts)
     inputs = processor.tokenizer(expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
         model.device
     )

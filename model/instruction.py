@@ -1,4 +1,4 @@
-"""Sentence embeddings of instructions: which text is embedded, by what, and where the vectors are kept.
+"""Sentence embeddings of instructions: which text is embedded, and by what (:mod:`model.instruction_store` keeps the vectors).
 
 The encoder stands outside the model: the model takes its vectors as ``instruction_embeds`` (B, E), one row for each image.
 """
@@ -95,7 +95,7 @@ def embed_instructions(
 
     Args:
         conversations: the human turns of each conversation.
-        encode: ``SentenceEncoder(...).encode`` or ``InstructionCache(...).get``.
+        encode: such as ``SentenceEncoder(...).encode``.
         policy, image_token, suffixes: see :func:`instruction_texts`.
 
     Returns:
@@ -216,91 +216,6 @@ def _fingerprint_of(encoder: Any) -> str:
 def _stored_fingerprint(folder: Path) -> str | None:
     file = folder / _FINGERPRINT_FILE
     return json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else None
-
-
-class InstructionCache:
-    """Vectors of sentences on disk, so that each sentence is encoded once for all runs and epochs.
-
-    A vector is found by the hash of its sentence, below the fingerprint of its encoder: another encoder never finds it. The
-    files are safetensors shards ``<fingerprint>/<hash>.safetensors`` with ``keys`` (n, 32) uint8 and ``embeds`` (n, E) float32,
-    written to a temporary name and renamed, so that several processes may share a folder and a killed one leaves no half file.
-
-    Args:
-        folder: where the shards live; made if missing.
-        encoder: encodes what is missing.
-        shard_size: sentences that are encoded before a shard is written; what a killed run loses at most.
-
-    Raises:
-        ValueError: a shard is damaged; the text names the file.
-    """
-
-    def __init__(self, folder: str | Path, encoder: Encoder, *, shard_size: int = 8192) -> None:
-        self.folder = Path(folder) / encoder.fingerprint[:32]
-        self.encoder = encoder
-        self.shard_size = shard_size
-        self._places: dict[bytes, tuple[Path, int]] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            self._index(shard)
-
-    def __len__(self) -> int:
-        """Number of sentences that are stored."""
-        return len(self._places)
-
-    def get(self, sentences: Sequence[str]) -> Tensor:
-        """The vectors of the sentences, in their order; what is missing is encoded and stored first.
-
-        Returns:
-            (n, E), float32 on the CPU.
-        """
-        keys = [hashlib.sha256(sentence.encode()).digest() for sentence in sentences]
-        missing = {key: text for key, text in zip(keys, sentences, strict=True) if key not in self._places}
-        for start in range(0, len(missing), self.shard_size):
-            self._store(dict(list(missing.items())[start : start + self.shard_size]))
-        if not keys:
-            return torch.empty(0, self.encoder.dimension)
-        return self._read(keys)
-
-    def _store(self, texts: dict[bytes, str]) -> None:
-        from safetensors.torch import save
-
-        keys = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).view(-1, 32)
-        embeds = self.encoder.encode(list(texts.values())).float().contiguous()
-        shard = self.folder / f"{hashlib.sha256(b''.join(texts)).hexdigest()[:32]}.safetensors"
-        write_bytes_atomically(shard, save({"keys": keys, "embeds": embeds}))
-        self._index(shard)
-
-    def _index(self, shard: Path) -> None:
-        for row, key in enumerate(_open_shard(shard).get_tensor("keys").numpy()):
-            self._places[key.tobytes()] = (shard, row)
-
-    def _read(self, keys: Sequence[bytes]) -> Tensor:
-        rows: list[Tensor | None] = [None] * len(keys)
-        by_shard: dict[Path, list[int]] = {}
-        for position, key in enumerate(keys):
-            by_shard.setdefault(self._places[key][0], []).append(position)
-        for shard, positions in by_shard.items():
-            # Rows are read through the file's map: a cache of gigabytes costs no memory.
-            embeds = _open_shard(shard).get_slice("embeds")
-            for position in positions:
-                row = self._places[keys[position]][1]
-                rows[position] = embeds[row : row + 1]
-        return torch.cat([row for row in rows if row is not None])
-
-
-def _open_shard(shard: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        handle = safe_open(str(shard), framework="pt")
-        keys, embeds = handle.get_slice("keys").get_shape(), handle.get_slice("embeds").get_shape()
-    except SafetensorError as error:
-        raise ValueError(
-            f"the cache file {shard} is damaged ({error}); delete it, and its sentences are encoded anew"
-        ) from error
-    if len(embeds) != 2 or keys != [embeds[0], 32]:
-        raise ValueError(f"the cache file {shard} holds keys {keys} and embeds {embeds}, which do not fit; delete it")
-    return handle
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:

@@ -12,8 +12,10 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
 from model._hf_compat import load_image_processor
+from model.data.images import ANYRES_GRIDS
 from model.image_tokens import ImageTokens
-from model.instruction import Encoder, SentenceEncoder
+from model.instruction import Encoder, InstructionPolicy, SentenceEncoder
+from model.spans import tokenize_with_spans
 
 _ENCODER_FOLDER = "sentence_encoder"
 _ENCODER_INTERFACE = ("encode", "dimension", "fingerprint", "save")
@@ -31,6 +33,10 @@ class IgvaLlavaProcessor(ProcessorMixin):
         image_token: the placeholder of a picture.
         patch_size: of the tower, in pixels.
         token_pooling, token_reduction, pooled_layers, strip: of the model, see :class:`model.image_tokens.ImageTokens`.
+        aspect_ratio: how pictures were brought to the tower's square in training, see :func:`model.data.images.views`.
+        anyres_grids: rows and columns that ``anyres`` may cut a picture into.
+        instruction_policy: which turns stood for the instruction in training, see
+            :func:`model.instruction.instruction_texts`.
         sentence_encoder_fingerprint: of the encoder that was saved beside the processor; set by :meth:`save_pretrained`.
 
     Raises:
@@ -48,9 +54,15 @@ class IgvaLlavaProcessor(ProcessorMixin):
         token_reduction: int | None = None,
         pooled_layers: int = 0,
         strip: int = 8,
+        aspect_ratio: str = "pad",
+        anyres_grids: Sequence[Sequence[int]] = ANYRES_GRIDS,
+        instruction_policy: InstructionPolicy = "mean_of_turns",
         sentence_encoder_fingerprint: str | None = None,
     ) -> None:
         self.image_token = image_token
+        self.aspect_ratio = aspect_ratio
+        self.anyres_grids = [list(grid) for grid in anyres_grids]
+        self.instruction_policy: InstructionPolicy = instruction_policy
         self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.patch_size = patch_size
         self.token_pooling = token_pooling
@@ -141,40 +153,64 @@ class IgvaLlavaProcessor(ProcessorMixin):
         return size["height"], size["width"]
 
     def tokenize_conversation(
-        self, messages: Sequence[dict[str, Any]], *, chat_template: str | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        view_counts: Sequence[int] | None = None,
     ) -> dict[str, list[int]]:
         """Token ids of a whole conversation, with a mask of what the assistant says: what training learns.
 
-        The mask comes from the ``{% generation %}`` spans of the template by character offsets, never from tokenizing twice.
-        Pictures are taken to have :attr:`output_size`.
+        The mask comes from the ``{% generation %}`` spans of the template by character offsets, never from tokenizing twice;
+        see :func:`model.spans.tokenize_with_spans`. Pictures are taken to have :attr:`output_size`.
 
         Args:
             messages: ``{"role": ..., "content": ...}``, with ``<image>`` in the text or ``{"type": "image"}`` parts.
             chat_template: name of one of the processor's templates (``"plain"``), or a template; None: the default.
+            view_counts: for each ``<image>`` the images of the tower that its picture becomes
+                (:func:`model.data.images.num_views`); None: one each.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``assistant_masks``, lists of equal length.
 
         Raises:
-            ValueError: the template marks nothing of what the assistant says.
+            ValueError: the template marks nothing of what the assistant says, or its spans are not what the assistant says, or
+                a token lies across the border of a span; or ``view_counts`` has another length than there are pictures.
         """
-        placeholders = self.image_token * self.num_image_tokens()
-        expanded = [{**message, "content": self._expand(message["content"], placeholders)} for message in messages]
-        encoded = self.tokenizer.apply_chat_template(
-            expanded,
-            chat_template=self._resolve_template(chat_template),
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+        texts = [self._with_placeholders(message["content"]) for message in messages]
+        expanded = iter(self.expand_image_tokens(texts, view_counts))
+        return tokenize_with_spans(
+            self.tokenizer,
+            [{**message, "content": next(expanded)} for message in messages],
+            self._resolve_template(chat_template),
         )
-        if any(message["role"] == "assistant" for message in messages) and not any(encoded["assistant_masks"]):
-            raise ValueError("the chat template marks no {% generation %} span, so there would be nothing to learn")
-        return {name: list(encoded[name]) for name in ("input_ids", "attention_mask", "assistant_masks")}
 
-    def _expand(self, content: str | Sequence[dict[str, Any]], placeholders: str) -> str:
+    def expand_image_tokens(self, texts: Sequence[str], view_counts: Sequence[int] | None = None) -> list[str]:
+        """Texts with every ``<image>`` repeated as often as its picture has tokens.
+
+        Args:
+            texts: with ``<image>`` where a picture stands.
+            view_counts: for each ``<image>``, in reading order over all texts, the images of the tower that its picture
+                becomes; None: one each.
+
+        Raises:
+            ValueError: ``view_counts`` has another length than there are ``<image>``.
+        """
+        num_pictures = sum(text.count(self.image_token) for text in texts)
+        counts = [1] * num_pictures if view_counts is None else list(view_counts)
+        if len(counts) != num_pictures:
+            raise ValueError(f"view_counts has {len(counts)} entries for {num_pictures} {self.image_token}")
+        tokens, remaining = self.num_image_tokens(), iter(counts)
+        expanded = []
+        for text in texts:
+            first, *rest = text.split(self.image_token)
+            expanded.append(first + "".join(self.image_token * (tokens * next(remaining)) + part for part in rest))
+        return expanded
+
+    def _with_placeholders(self, content: str | Sequence[dict[str, Any]]) -> str:
         if isinstance(content, str):
-            return content.replace(self.image_token, placeholders)
-        parts = [f"{placeholders}\n" if part["type"] == "image" else part["text"] for part in content]
-        return "".join(parts)
+            return content
+        return "".join(f"{self.image_token}\n" if part["type"] == "image" else part["text"] for part in content)
 
     def _resolve_template(self, chat_template: str | None) -> str:
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -257,6 +293,18 @@ class IgvaLlavaProcessor(ProcessorMixin):
         if values is None:
             raise ValueError(f"processor_config.json of {pretrained_model_name_or_path} describes no image_processor")
         return [load_image_processor(values), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+
+
+def sentence_encoder_of(checkpoint: str | Path, device: str = "cpu") -> SentenceEncoder:
+    """The sentence encoder that was saved with a checkpoint, a folder or a repository of the hub.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    folder = _encoder_folder(checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the checkpoint {checkpoint} has no sentence encoder: there is no {folder}")
+    return SentenceEncoder(folder, device=device)
 
 
 def _encoder_folder(checkpoint: str | Path, **kwargs: Any) -> Path:

@@ -25,13 +25,11 @@ def main(argv: Sequence[str]) -> int:
 
     # After the arguments are known to be right: these imports take seconds.
     from model.cli.checkpoint import load_checkpoint
-    from model.data.images import make_square, open_image
+    from model.data.images import open_image
 
     image = open_image(arguments.image)
     checkpoint = load_checkpoint(arguments.checkpoint)
-    processor = checkpoint.processor
-    image = make_square(image, checkpoint.aspect_ratio, processor.image_processor.image_mean)
-    answer, weights = ask(checkpoint.model, processor, image, arguments.question, arguments.max_new_tokens)
+    answer, weights = ask(checkpoint.model, checkpoint.processor, image, arguments.question, arguments.max_new_tokens)
     print(answer)
     if weights is None:
         print("\n(this checkpoint mixes its layers in a fixed way: there are no weights to show)")
@@ -47,22 +45,28 @@ def ask(
     question: str,
     max_new_tokens: int = 64,
 ) -> tuple[str, list[float] | None]:
-    """Answer a question about a square picture.
+    """Answer a question about a picture, which is prepared as in training.
 
     Returns:
-        The answer, and the weight of each layer group (None where the model computes none).
+        The answer, and the weight of each layer group, of several tiles their mean (None where the model computes none).
     """
+    from model.data.images import views
     from model.data.llava_json import IMAGE_PLACEHOLDER, Turn
     from model.evaluation import generate_answers, render_prompt
     from model.instruction import embed_instructions
 
-    pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    mean, side = processor.image_processor.image_mean, processor.output_size[0]
+    images = views(image, processor.aspect_ratio, mean, side, processor.anyres_grids)
+    pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     embeds = None
     if model.reads_instruction and processor.sentence_encoder is not None:
-        embeds = embed_instructions([[question]], processor.encode_instructions)
+        embeds = embed_instructions([[question]], processor.encode_instructions, processor.instruction_policy)
+        embeds = embeds.expand(len(images), -1)
     prompt = render_prompt(processor, [Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}")])
-    answers, weights = generate_answers(model, processor, [prompt], pixel_values, embeds, max_new_tokens=max_new_tokens)
-    return answers[0], None if weights is None else weights[0].tolist()
+    answers, weights = generate_answers(
+        model, processor, [prompt], pixel_values, embeds, max_new_tokens=max_new_tokens, view_counts=[len(images)]
+    )
+    return answers[0], None if weights is None else weights.mean(0).tolist()
 
 
 def weight_bars(weights: Sequence[float], groups: Sequence[Sequence[int]]) -> str:

@@ -19,8 +19,9 @@ class ImageTextCollator:
         pad_token_id: token for the padding; masked in attention and loss.
 
     A batch holds ``input_ids``, ``attention_mask``, ``labels`` (B, T) and, if it has images, ``pixel_values``
-    (I, 3, H, W), ``image_to_sample`` (I,) int64, and ``instruction_embeds`` (I, E) float32 if the samples have them: one row
-    per image, not per sample, so that a model needs no rule for samples with several images, or none.
+    (I, 3, H, W), ``image_to_sample`` (I,) int64, and ``instruction_embeds`` (I, E) float32 if the samples have them, one row
+    per image. Where a sample brings one row for several images (the tiles of a picture, the pictures of a question), there are
+    as many rows as sentences, and ``image_to_sentence`` (I,) int64 names the row of each image.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -75,6 +76,17 @@ def _images(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         "pixel_values": torch.cat([samples[index]["pixel_values"] for index in owners]),
         "image_to_sample": torch.tensor(owners).repeat_interleave(counts),
     }
-    if samples[owners[0]].get("instruction_embeds") is not None:
-        images["instruction_embeds"] = torch.cat([samples[index]["instruction_embeds"] for index in owners])
+    if samples[owners[0]].get("instruction_embeds") is None:
+        return images
+    sentences = [samples[index]["instruction_embeds"] for index in owners]
+    images["instruction_embeds"] = torch.cat(sentences)
+    rows = torch.tensor([len(sentence) for sentence in sentences])
+    if not torch.equal(rows, counts):
+        starts = (rows.cumsum(0) - rows).tolist()
+        images["image_to_sentence"] = torch.cat(
+            [
+                torch.full((count,), start) if row == 1 else torch.arange(start, start + row)
+                for start, row, count in zip(starts, rows.tolist(), counts.tolist(), strict=True)
+            ]
+        )
     return images

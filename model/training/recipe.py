@@ -19,12 +19,24 @@ if TYPE_CHECKING:
 
 LanguageModelTraining = Literal["frozen", "lora", "full"]
 Precision = Literal["auto", "fp32", "bf16"]
-AspectRatio = Literal["pad", "crop", "stretch"]
+AspectRatio = Literal["pad", "crop", "stretch", "anyres"]
 InstructionPolicy = Literal["first_turn", "last_turn", "mean_of_turns"]
+ProblemKind = Literal[
+    "broken_line",
+    "broken_record",
+    "placeholders",
+    "outside_path",
+    "missing_image",
+    "damaged_image",
+    "oversized_image",
+    "not_learnable",
+]
+OnError = Literal["raise", "skip"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Grouping = Literal["modality_length", "random"]
 Attention = Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3"]
 FrozenWeights = Literal["auto", "fp32", "bf16"]
+Distributed = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
 # Ten steps show every part of a run at work (data, loss, log, save) and no more.
 SMOKE_STEPS = 10
@@ -65,26 +77,39 @@ class DataSource:
     """Where the samples come from and how they are turned into tensors."""
 
     path: str
-    """LLaVA JSON file: a list of ``{"id", "image", "conversations"}``."""
+    """LLaVA JSON file: a list of ``{"id", "image", "conversations"}``; or, ending in .jsonl, one such record a line."""
     image_folder: str | None = None
     """Folder that the image paths of the file are relative to; unset: the folder of the file."""
     eval_path: str | None = None
     """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps."""
     aspect_ratio: AspectRatio = "pad"
     """``pad`` puts an image on a square of the mean colour; ``crop`` keeps its middle (LLaVA's default, there called
-    square); ``stretch`` makes it one."""
+    square); ``stretch`` makes it one. ``anyres`` is LLaVA-NeXT's: the whole image, stretched, and tiles of it at full
+    resolution, each of them an image of the tower; it needs a ``max_length`` that holds all their tokens."""
+    anyres_grids: list[list[int]] = field(default_factory=lambda: [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]])
+    """Rows and columns of tiles that ``anyres`` may cut an image into, in units of the tower's image size; the one that keeps
+    most pixels is taken. LLaVA-NeXT's ``image_grid_pinpoints`` by default."""
+    on_error: OnError | dict[ProblemKind, OnError] = "raise"
+    """What to do about samples that cannot be used. ``raise`` stops before the first step, or at the step that meets a
+    damaged file, and names them; ``skip`` leaves them out, counts them, and lists them in ``training/problems.jsonl`` of the
+    checkpoint. By kind, where the others raise: ``{missing_image: skip, damaged_image: skip}``; kinds are broken_line,
+    broken_record, placeholders (more or fewer ``<image>`` than images), outside_path (out of the image folder),
+    missing_image, damaged_image, oversized_image and not_learnable (no answer within ``max_length``)."""
+    max_image_pixels: int = 89_478_485
+    """Images with more pixels are refused by their header, before they are decoded, as decompression bombs."""
     instruction_policy: InstructionPolicy = "mean_of_turns"
     """Which human turns of a conversation are embedded as the instruction: the first, the last, or the mean of all
     embeddings."""
     instruction_cache: str | None = None
-    """Folder where embeddings of instructions are kept between runs; unset: in the run's own folder, and removed
+    """File of instruction embeddings that ``igva embed`` made, read through its memory map; what it lacks is added before
+    the first step. One of another sentence encoder or policy is refused. Unset: a file in the run's own folder, removed
     with it."""
     chat_template: str | None = None
     """Name of the processor's chat template to train with, or a file that holds one; unset: the one that the
     processor came with."""
     max_length: int = 2048
     """Longest sequence in tokens, image tokens included. A longer sample is cut at its end; where that would cut an
-    image, or leave nothing to learn, the run stops and names the sample."""
+    image, or leave nothing to learn, it is not learnable, see ``on_error``."""
     packing: bool = False
     """Put the samples of a forward pass end to end in one row, without padding; attention stays within each sample. Which
     samples share a step of the optimizer does not change, and so neither do loss and gradients. On a GPU it needs
@@ -168,13 +193,26 @@ class TrainRecipe:
     twice as fast on some CPUs and twenty times slower on others."""
     frozen_weights: FrozenWeights = "auto"
     """How the tower and a language model that does not learn are held, and saved: ``bf16`` takes half the memory and spares
-    a conversion in every product. ``auto``: bf16 on a GPU where ``precision`` is bf16, else fp32."""
+    a conversion in every product. ``auto``: bf16 on a GPU where ``precision`` is bf16, else fp32; with ``distributed: fsdp2``
+    fp32, which it shards and gathers in bf16 (it takes no mixture of both)."""
+    distributed: str = "ddp"
+    """How the model is spread over the processes of a launcher such as torchrun. ``ddp``: whole on each. ``zero2``: DeepSpeed
+    shards gradients and the optimizer's states; ``zero3``: the weights too. ``fsdp2``: torch's ``fully_shard`` shards all. Or
+    the path of a DeepSpeed JSON file. The configurations of the names lie in ``model/recipes``."""
     attention: Attention = "auto"
     """Attention of the language model. ``auto``: flash-attn 3 or 2 where installed, else ``varlen`` (torch's own, for packed
     rows on a GPU), else ``sdpa``. A named one that cannot run is refused."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block and compute the rest again in the backward pass: less memory, about a third
-    more work."""
+    """Keep only the input of each layer of the language model and compute the rest again in the backward pass: less memory,
+    about a third more work."""
+    checkpoint_every_n_layers: int = 1
+    """With ``activation_checkpointing``: do so in every n-th layer only, which trades memory back for speed."""
+    liger_kernels: bool = False
+    """Norms, rotary embedding and feed-forward of the language model from Liger-Kernel (``pip install
+    'igva-kernels[liger]'``); needs a GPU."""
+    compile: bool = False
+    """``torch.compile`` for the layers of the language model, each by itself, with sizes left open; the first steps then take
+    longer."""
     seed: int = 42
     """Seed of the order of samples, of new weights and of dropout."""
     log_every: int = 10
@@ -238,9 +276,20 @@ class TrainRecipe:
         _check_choice("scheduler", self.scheduler, get_args(Scheduler))
         _check_choice("frozen_weights", self.frozen_weights, get_args(FrozenWeights))
         _check_choice("attention", self.attention, get_args(Attention))
+        if not self.distributed.endswith(".json"):
+            _check_choice("distributed", self.distributed, (*get_args(Distributed), "PATH.json"))
+        if self.distributed == "fsdp2" and self.frozen_weights == "bf16":
+            raise ValueError(
+                "frozen_weights is bf16 with distributed fsdp2, which shards frozen and learning weights together and takes "
+                "no mixture of types; set frozen_weights to auto or fp32: it gathers them in bf16 all the same"
+            )
         _check_choice("data.grouping", self.data.grouping, get_args(Grouping))
         _check_choice("data.aspect_ratio", self.data.aspect_ratio, get_args(AspectRatio))
         _check_choice("data.instruction_policy", self.data.instruction_policy, get_args(InstructionPolicy))
+        actions = self.data.on_error if isinstance(self.data.on_error, dict) else {None: self.data.on_error}
+        for kind, action in actions.items():
+            _check_choice("a kind in data.on_error", kind, (None, *get_args(ProblemKind)))
+            _check_choice("data.on_error", action, get_args(OnError))
         if self.stage == 1 and self.resolved_language_model_training != "frozen":
             raise ValueError(
                 f"language_model_training is {self.language_model_training!r} in stage 1, where only the projector "
@@ -256,17 +305,33 @@ class TrainRecipe:
             "max_steps",
             "learning_rate",
             "log_every",
+            "checkpoint_every_n_layers",
         )
         for name in (*positive, "projector_learning_rate", "allocator_learning_rate", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("max_length", "max_image_pixels"):
+            if getattr(self.data, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self.data, name)}")
+        grids = self.data.anyres_grids
+        if not grids or not all(len(grid) == 2 and min(grid) >= 1 for grid in grids):
+            raise ValueError(f"data.anyres_grids must hold pairs of rows and columns, such as [[1, 2], [2, 2]], got {grids}")
         for name in ("balance_loss_weight", "weight_decay", "max_grad_norm", "warmup"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if self.balance_loss_weight and self.stage == 1:
             raise ValueError("balance_loss_weight is set in stage 1, where no weights are learned; set it in stage 2")
+        if self.checkpoint_every_n_layers > 1 and not self.activation_checkpointing:
+            raise ValueError(
+                f"checkpoint_every_n_layers is {self.checkpoint_every_n_layers}, but activation_checkpointing is off; switch it on"
+            )
+        if self.compile and self.distributed == "zero3":
+            raise ValueError(
+                "compile is set with distributed zero3, whose hooks gather weights inside of the layers, where torch.compile "
+                "would stop at each; set compile to false, or distributed to fsdp2"
+            )
         if self.eval_every and not self.data.eval_path:
             raise ValueError("eval_every is set but data.eval_path is not; give a file of held-out samples")
 

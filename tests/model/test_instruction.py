@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.instruction import InstructionCache, SentenceEncoder, embed_instructions, instruction_texts
+from model.instruction import SentenceEncoder, embed_instructions, instruction_texts
 
 # ---- policy -------------------------------------------------------------------------------------------------------------
 
@@ -46,58 +45,6 @@ def test_unknown_policy_and_no_turns_are_refused():
         instruction_texts(["a"], "every_turn")
     with pytest.raises(ValueError, match="no instruction to embed"):
         instruction_texts([])
-
-
-# ---- cache --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_sentence_is_encoded_once_for_all_runs(tiny_encoder, make_encoder, tmp_path):
-    cache = InstructionCache(tmp_path, tiny_encoder, shard_size=2)
-    sentences = ["a", "b", "a", "c"]
-    expected = make_encoder().encode(sentences)
-    assert torch.equal(cache.get(sentences), expected)
-    assert torch.equal(cache.get(sentences[::-1]), expected.flip(0))
-    assert tiny_encoder.num_encoded == 3 and len(cache) == 3
-    later = make_encoder()
-    assert torch.equal(InstructionCache(tmp_path, later).get(sentences), expected)
-    assert later.num_encoded == 0
-
-
-def test_another_encoder_finds_nothing_of_it(tiny_encoder, make_encoder, tmp_path):
-    InstructionCache(tmp_path, tiny_encoder).get(["a"])
-    other = make_encoder("other")
-    assert torch.equal(InstructionCache(tmp_path, other).get(["a"]), make_encoder("other").encode(["a"]))
-    assert other.num_encoded == 1
-
-
-def test_a_damaged_file_is_named(tiny_encoder, tmp_path):
-    InstructionCache(tmp_path, tiny_encoder).get(["a", "b"])
-    (shard,) = tmp_path.rglob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=f"{shard.name} is damaged.*delete it"):
-        InstructionCache(tmp_path, tiny_encoder)
-
-
-def test_a_failed_write_leaves_no_file(tiny_encoder, tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    cache = InstructionCache(tmp_path, tiny_encoder)
-    monkeypatch.setattr("model.instruction.os.replace", full)
-    with pytest.raises(OSError, match="no space"):
-        cache.get(["a"])
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert len(cache) == 0
-
-
-def test_a_cache_goes_to_worker_processes(tiny_encoder, make_encoder, tmp_path):
-    cache = InstructionCache(tmp_path, tiny_encoder)
-    expected = cache.get(["a", "b"])
-    assert torch.equal(pickle.loads(pickle.dumps(cache)).get(["a", "b"]), expected)
-
-
-def test_no_sentences_give_no_rows(tiny_encoder, tmp_path):
-    assert InstructionCache(tmp_path, tiny_encoder).get([]).shape == (0, 16)
 
 
 # ---- the real package ---------------------------------------------------------------------------------------------------

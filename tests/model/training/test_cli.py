@@ -46,7 +46,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
 def test_the_help_of_train_explains_every_field(capsys):
     main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--data.aspect_ratio {pad,crop,stretch} ``pad`` puts an image on a square of the mean colour" in out
+    assert "--data.aspect_ratio {pad,crop,stretch,anyres} ``pad`` puts an image on a square of the mean colour" in out
     assert "igva-tiny-stage2" in out
 
 
@@ -70,7 +70,7 @@ def test_help_lists_the_commands(capsys):
         (["ask", "nowhere"], 2, "required: IMAGE, QUESTION"),
         (["evaluate", "nowhere", "nothing.json"], 1, "no data file at nothing.json"),
         (["evaluate", "nowhere", "nothing.json", "--limit=0"], 2, "--limit must be at least 1"),
-        (["embed", "nothing.json"], 2, "required: --encoder, --out"),
+        (["embed", "nothing.json"], 2, "required: --out"),
         (["embed", "nothing.json", "--encoder=e", "--out=o"], 1, "no data file at nothing.json"),
     ],
 )
@@ -131,16 +131,26 @@ def test_evaluate_writes_scores_and_answers(checkpoint, data_file, tmp_path, cap
     assert "Exact match: model" in capsys.readouterr().out
 
 
-def test_embed_fills_the_cache_that_training_reads(encoder_folder, data_file, make_recipe, tmp_path, capsys):
-    command = ["embed", str(data_file), f"--encoder={encoder_folder}", f"--out={tmp_path / 'cache'}"]
+def test_embed_makes_one_file_that_training_reads(encoder_folder, data_file, make_recipe, tmp_path, capsys):
+    file = tmp_path / "instructions.safetensors"
+    command = ["embed", str(data_file), f"--encoder={encoder_folder}", f"--out={file}"]
     assert main(command) == 0
-    # Twelve single questions, one about two pictures, two turns of a dialogue; text-only samples need none.
-    assert "15 different instructions, 15 of them new" in capsys.readouterr().out
+    # Twelve single questions, one about two pictures, one dialogue; text-only samples need none.
+    assert "14 different instructions of 14 samples with images, 14 of them new; 14 in" in capsys.readouterr().out
+    made = file.stat().st_mtime_ns
     assert main(command) == 0
-    assert "15 different instructions, 0 of them new" in capsys.readouterr().out
-    stored = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    train(make_recipe(2, data={"instruction_cache": str(tmp_path / "cache")}))
-    assert sorted((tmp_path / "cache").rglob("*.safetensors")) == stored
+    assert "14 samples with images, 0 of them new; 14 in" in capsys.readouterr().out
+    train(make_recipe(2, data={"instruction_cache": str(file)}))
+    assert file.stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
+
+
+def test_embed_takes_the_encoder_of_a_checkpoint(stage1, data_file, tmp_path, capsys):
+    assert main(["embed", str(data_file), f"--checkpoint={stage1}", f"--out={tmp_path / 'a.safetensors'}"]) == 0
+    assert "14 of them new" in capsys.readouterr().out
+    shutil.rmtree(Path(stage1) / "sentence_encoder")
+    assert main(["embed", str(data_file), f"--checkpoint={stage1}", f"--out={tmp_path / 'b.safetensors'}"]) == 1
+    assert "has no sentence encoder" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(picture_folder, capsys):

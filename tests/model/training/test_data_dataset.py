@@ -11,6 +11,7 @@ from model.chat_templates import CHAT_TEMPLATES
 from model.data.collator import ImageTextCollator
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import samples_from_records
+from model.instruction import embed_instructions
 from model.loss import IGNORE_INDEX
 
 
@@ -19,7 +20,12 @@ def make_dataset(model_and_processor, records, picture_folder):
     def make(**options):
         samples = samples_from_records(options.pop("records", records), picture_folder)
         processor = model_and_processor[1]
-        return LlavaDataset(samples, processor, embed=processor.encode_instructions, **options)
+        policy = options.pop("instruction_policy", "mean_of_turns")
+
+        def embed(conversations):
+            return embed_instructions(conversations, processor.encode_instructions, policy)
+
+        return LlavaDataset(samples, processor, embed=embed, **options)
 
     return make
 
@@ -69,7 +75,7 @@ def test_each_image_has_its_placeholders_pixels_and_embedding(make_dataset, mode
     assert int((item["input_ids"] == processor.image_token_id).sum()) == 2 * model.config.num_image_tokens
     assert item["pixel_values"].shape == (2, 3, 28, 28)
     assert not torch.equal(item["pixel_values"][0], item["pixel_values"][1])
-    assert torch.equal(item["instruction_embeds"], processor.encode_instructions(["Which colours?"]).expand(2, -1))
+    assert torch.equal(item["instruction_embeds"], processor.encode_instructions(["Which colours?"]))
 
 
 def test_a_text_only_sample_has_no_image_inputs(make_dataset):
@@ -106,7 +112,12 @@ def test_a_long_sample_is_cut_at_its_end(make_dataset, make_record):
     ("turns", "image", "options", "message"),
     [
         (("<image>\nWhich colour?", "red"), "images/red.png", {"max_length": 20}, "no token to learn"),
-        (("Hello. " * 40 + "<image>", "red"), "images/red.png", {"max_length": 200}, "would cut an image"),
+        (
+            ("Hello. " * 40 + "<image><image>", "red"),
+            ["images/red.png", "images/blue.png"],
+            {"max_length": 200},
+            "would cut an image",
+        ),
         (("Hello.", ""), None, {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}, "no {% generation %}"),
         (("<image>\nWhich?", "red"), "images/broken.png", {}, "cannot read the image"),
         (
@@ -148,7 +159,8 @@ def test_a_batch_pads_on_the_right_and_names_the_owner_of_each_image(make_datase
     assert (batch["labels"][0, lengths[0] :] == IGNORE_INDEX).all()
     assert batch["image_to_sample"].tolist() == [1, 1, 2]
     assert torch.equal(batch["pixel_values"][2:], items[2]["pixel_values"])
-    assert torch.equal(batch["instruction_embeds"][:2], items[1]["instruction_embeds"])
+    assert torch.equal(batch["instruction_embeds"], torch.cat([items[1]["instruction_embeds"], items[2]["instruction_embeds"]]))
+    assert batch["image_to_sentence"].tolist() == [0, 0, 1]
 
 
 def test_a_batch_without_images_has_no_image_inputs(make_dataset):

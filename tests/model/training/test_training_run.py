@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_checkpoint_is_the_trained_model_with_its_processor_and_encoder(make
 
 def test_the_checkpoint_tells_how_it_was_made(make_recipe):
     recipe = make_recipe(1, data={"aspect_ratio": "stretch"})
-    folder = run.Path(train(recipe)["checkpoint"]) / "training"
+    folder = Path(train(recipe)["checkpoint"]) / "training"
     assert load_recipe(folder / "recipe.yaml") == recipe
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert entries[0]["event"] == "start"
@@ -111,14 +112,14 @@ def test_the_checkpoint_tells_how_it_was_made(make_recipe):
 
 def test_a_run_learns_its_data(make_recipe):
     result = train(make_recipe(2, language_model_training="full", max_steps=25, batch_size=16, micro_batch_size=16))
-    log = run.Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
+    log = Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_held_out_samples_give_a_loss(make_recipe, data_file):
     result = train(make_recipe(1, data={"eval_path": str(data_file)}, eval_every=2))
-    log = run.Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
+    log = Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
     steps = [entry["step"] for entry in map(json.loads, log) if "eval_loss" in entry]
     assert steps == [2, 3]
     assert 0 < result["eval_loss"] < 20
@@ -155,11 +156,11 @@ def test_activation_checkpointing_gives_the_same_checkpoint(make_recipe, tmp_pat
 def test_a_finished_checkpoint_is_replaced_only_on_demand(make_recipe, stage1):
     with pytest.raises(FileExistsError, match="overwrite=true"):
         train(make_recipe(1))
-    marker = run.Path(stage1) / "marker"
+    marker = Path(stage1) / "marker"
     marker.touch()
     train(make_recipe(1, overwrite=True))
     assert not marker.exists()
-    assert not list(run.Path(stage1).parent.glob("stage1.*"))
+    assert not list(Path(stage1).parent.glob("stage1.*"))
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(make_recipe, tmp_path):
@@ -171,7 +172,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(make_recipe, tmp_path)
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(make_recipe, stage1, monkeypatch):
-    before = {path: path.read_bytes() for path in run.Path(stage1).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in Path(stage1).rglob("*") if path.is_file()}
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -179,30 +180,30 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(make_recipe, stage1, monkey
     monkeypatch.setattr("model.processing.IgvaLlavaProcessor.save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         train(make_recipe(1, overwrite=True, seed=7))
-    assert {path: path.read_bytes() for path in run.Path(stage1).rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in Path(stage1).rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("failing", ["finished", "stage1"])
 def test_a_failed_rename_leaves_the_earlier_checkpoint(failing, make_recipe, stage1, monkeypatch):
-    before = (run.Path(stage1) / "model.safetensors").read_bytes()
+    before = (Path(stage1) / "model.safetensors").read_bytes()
     replace = os.replace
 
     def fail(source, target):
-        if run.Path(source).name == failing:
+        if Path(source).name == failing:
             raise OSError("no such device")
         replace(source, target)
 
     monkeypatch.setattr("model.training.folders.os.replace", fail)
     with pytest.raises(OSError, match="no such device"):
         train(make_recipe(1, overwrite=True, seed=7))
-    assert (run.Path(stage1) / "model.safetensors").read_bytes() == before
+    assert (Path(stage1) / "model.safetensors").read_bytes() == before
 
 
 def test_a_checkpoint_left_aside_by_a_killed_run_is_put_back(make_recipe, stage1):
-    run.Path(stage1).rename(f"{stage1}.replaced")  # as if killed between the two renames
+    Path(stage1).rename(f"{stage1}.replaced")  # as if killed between the two renames
     with pytest.raises(FileExistsError, match="overwrite=true"):
         train(make_recipe(1))
-    assert (run.Path(stage1) / "model.safetensors").is_file()
+    assert (Path(stage1) / "model.safetensors").is_file()
 
 
 def test_an_unfinished_run_is_not_thrown_away_by_accident(make_recipe, tmp_path):
@@ -280,7 +281,7 @@ def test_a_model_without_sentence_encoder_trains_with_uniform_weights(make_recip
     recipe.model.sentence_encoder = None
     recipe.model.fusion = {**recipe.model.fusion, "text_dim": 16}
     result = train(recipe)
-    log = run.Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
+    log = Path(result["checkpoint"], "training", "log.jsonl").read_text().splitlines()
     weights = [entry["fusion_weight_1"] for entry in map(json.loads, log) if "loss" in entry]
     assert weights == pytest.approx([0.5] * 3)
 
@@ -314,7 +315,10 @@ def test_stage_1_embeds_nothing(make_recipe, new_model, tmp_path):
 def test_a_chat_template_may_be_named_or_come_from_a_file(make_recipe, new_model, tmp_path):
     _, processor = load_parts(ModelSource(**new_model))
     file = tmp_path / "template.jinja"
-    file.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}"
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + answer + "{% endif %}{% endfor %}"
+    )
     lengths = []
     for template in ("plain", str(file), None):
         data, _ = load_data(make_recipe(1, data={"chat_template": template}), processor, tmp_path)

@@ -1,0 +1,90 @@
+"""From a recipe's ``data`` to the datasets of a run: records, instruction embeddings, and what to do about problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.data.dataset import LlavaDataset
+from model.data.llava_json import Sample, read_llava_json
+from model.data.problems import Problems
+from model.instruction import Encoder
+from model.instruction_store import InstructionStore, fill
+from model.processing import IgvaLlavaProcessor
+from model.training.recipe import DataSource, TrainRecipe
+
+
+def load_data(
+    recipe: TrainRecipe,
+    processor: IgvaLlavaProcessor,
+    embeddings: Path,
+    *,
+    reads_instruction: bool | None = None,
+    problems: Problems | None = None,
+    fills: bool = True,
+) -> tuple[LlavaDataset, LlavaDataset | None]:
+    """The data to train on and those held out; every instruction is embedded before the first step.
+
+    Args:
+        recipe: names the data and says how they are prepared; the processor keeps that, and is saved with it.
+        processor: tokenizes and normalises, and has the sentence encoder.
+        embeddings: file of instruction embeddings where the recipe names none.
+        reads_instruction: whether the model's fusion reads them; None: in stage 2, as IGVA's.
+        problems: what to do about samples that cannot be used, and where they are listed; None: as the recipe says, nowhere.
+        fills: whether this process embeds what the file lacks; of several processes one does, and before the others.
+
+    Raises:
+        ValueError, FileNotFoundError: data that cannot be used, see :func:`model.data.llava_json.read_llava_json`, or a file of
+            embeddings of another encoder or policy.
+    """
+    source = recipe.data
+    problems = problems or Problems(source.on_error)
+    samples = read_llava_json(source.path, source.image_folder, problems)
+    held_out = read_llava_json(source.eval_path, source.image_folder, problems) if source.eval_path else None
+    keep_settings(processor, source)
+    embed = None
+    if reads_instruction is None:
+        reads_instruction = recipe.stage == 2
+    # IGVA's stage 1 averages the layers whatever the instruction is.
+    if reads_instruction and processor.sentence_encoder is not None:
+        file = Path(source.instruction_cache or embeddings)
+        if fills:
+            fill_instructions(file, samples + (held_out or []), processor.sentence_encoder, source)
+        fingerprint = processor.sentence_encoder.fingerprint
+        embed = InstructionStore(file, fingerprint=fingerprint, policy=source.instruction_policy).embed
+
+    def dataset(samples: list[Sample]) -> LlavaDataset:
+        return LlavaDataset(
+            samples,
+            processor,
+            embed=embed,
+            aspect_ratio=source.aspect_ratio,
+            anyres_grids=source.anyres_grids,
+            chat_template=chat_template(source.chat_template),
+            max_length=source.max_length,
+            max_image_pixels=source.max_image_pixels,
+            problems=problems,
+        )
+
+    return dataset(samples), dataset(held_out) if held_out else None
+
+
+def keep_settings(processor: IgvaLlavaProcessor, source: DataSource) -> None:
+    """Note in the processor how the data are prepared, so that whoever loads the checkpoint does the same."""
+    processor.aspect_ratio = source.aspect_ratio
+    processor.anyres_grids = [list(grid) for grid in source.anyres_grids]
+    processor.instruction_policy = source.instruction_policy
+
+
+def fill_instructions(file: Path, samples: Sequence[Sample], encoder: Encoder, source: DataSource) -> None:
+    """Embed what a file lacks of the instructions of samples with images; the others have none to read."""
+    if file.is_dir():
+        raise ValueError(f"data.instruction_cache must be a file that `igva embed` made, but {file} is a folder")
+    fill(file, (sample.human_turns for sample in samples if sample.images), encoder, source.instruction_policy)
+
+
+def chat_template(name_or_file: str | None) -> str | None:
+    """The text of a template file, or the name as it is."""
+    if name_or_file is not None and Path(name_or_file).is_file():
+        return Path(name_or_file).read_text(encoding="utf-8")
+    return name_or_file
