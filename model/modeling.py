@@ -251,6 +251,31 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             tokens = reduce_tokens(tokens, self._tokens.pooled_map(height, width), self._tokens.map(height, width))
         return IgvaLlavaImageFeatures(pooler_output=tokens, fusion_weights=weights)
 
+    def fusion_weights(self, pixel_values: Tensor, instruction_embeds: Tensor) -> Tensor:
+        """The weights that each of several instructions gives each image; the tower runs once.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            instruction_embeds: (Q, E), one sentence embedding an instruction.
+
+        Returns:
+            (Q, B, K) in float32.
+
+        Raises:
+            ValueError: a fusion, or a stage, that reads no instruction.
+        """
+        if not self.reads_instruction:
+            raise ValueError(f"the fusion {self.config.fusion['type']!r} reads no instruction in stage {self.fusion_stage}")
+        grid = self._tokens.patches(*pixel_values.shape[-2:])
+        maps = self._run_tower(pixel_values, self.tower_plan)
+        rows = []
+        for embed in instruction_embeds:
+            embeds = embed.expand(len(pixel_values), -1)
+            inputs = FusionInputs(self.config.num_prefix_tokens, grid, self.fusion_stage, embeds)
+            _, weights = self._method(self.fusion, maps, inputs)
+            rows += [] if weights is None else [weights]  # none is None: the instruction is read
+        return torch.stack(rows)
+
     def _run_tower(self, pixel_values: Tensor, plan: FusionPlan) -> Maps:
         """The group means of a frozen tower that can run layer by layer; else hidden states."""
         tower, fusion = self.vision_tower, self.config.fusion

@@ -17,6 +17,7 @@ from model.cli.errors import explain
 _COMMANDS = (
     ("train", "model.cli.train", "train a model from a recipe"),
     ("ask", "model.cli.ask", "ask a trained model about a picture"),
+    ("explain", "model.cli.explain", "which layer groups each instruction uses: table, heat map, JSON"),
     ("evaluate", "model.cli.evaluate", "exact match of a trained model on a LLaVA JSON file"),
     ("embed", "model.cli.embed", "embed the instructions of a LLaVA JSON file ahead of a run"),
     ("convert", "model.cli.convert", "checkpoints of other code bases to ours and back"),
