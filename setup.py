@@ -31,6 +31,7 @@ setup(
         "quickstart": ["igva-kernels[train]", *QUICKSTART],
         "deepspeed": ["deepspeed>=0.17"],
         "flash": ["flash-attn>=2.8"],
+        "liger": ["liger-kernel>=0.5"],
         "dev": [
             "igva-kernels[quickstart]",
             *TRITON,

@@ -11,7 +11,6 @@ A packed row holds several samples end to end, and no token may see one of anoth
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -90,10 +90,6 @@ def choose_attention(setting: Attention, device: torch.device, *, packing: bool,
 
 def varlen_is_available() -> bool:
     """Whether this torch has ``varlen_attn`` in the form that is used here."""
-    try:
-        varlen = importlib.import_module("torch.nn.attention.varlen")
-    except ImportError:
-        return False
     return inspect.signature(varlen.varlen_attn).parameters.keys() >= _VARLEN_PARAMETERS
 
 
@@ -178,7 +174,8 @@ def _marks_packed_rows(attention_mask: Tensor | None) -> bool:
 
 
 def _varlen_attn() -> Callable[..., Tensor]:
-    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    # By attribute: torch.compile traces that, and not an import.
+    return varlen.varlen_attn
 
 
 def _remedy(setting: str) -> str:

@@ -325,7 +325,8 @@ class TrainRecipe:
             raise ValueError("balance_loss_weight is set in stage 1, where no weights are learned; set it in stage 2")
         if self.checkpoint_every_n_layers > 1 and not self.activation_checkpointing:
             raise ValueError(
-                f"checkpoint_every_n_layers is {self.checkpoint_every_n_layers}, but activation_checkpointing is off; switch it on"
+                f"checkpoint_every_n_layers is {self.checkpoint_every_n_layers}, but activation_checkpointing is off; "
+                "switch it on"
             )
         if self.compile and self.distributed == "zero3":
             raise ValueError(
