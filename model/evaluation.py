@@ -1,8 +1,8 @@
 """Exact match on held-out samples, beside two baselines that show what the pictures are worth.
 
-    result = evaluate(model, processor, samples) blind = evaluate(model, processor, samples,
-    picture_of=other_pictures(samples))     # the same model, another sample's picture guess =
-    most_frequent_answers(train_samples, samples)                              # the commonest answer of each kind
+    result = evaluate(model, processor, samples)
+    blind = evaluate(model, processor, samples, picture_of=other_pictures(samples))  # another sample's picture
+    guess = most_frequent_answers(train_samples, samples)                            # the commonest answer of each kind
 
 Legend: B samples of a batch, I their images, K groups, E sentence width.
 """
@@ -183,11 +183,15 @@ def generate_answers(
 
     Returns:
         B texts, and the fusion weights (I, K) float32 or None.
+
+    Raises:
+        ValueError: a prompt and its answer together are longer than the language model can read.
     """
     expanded = processor.expand_image_tokens(prompts, view_counts)
     inputs = processor.tokenizer(expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
         model.device
     )
+    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     images, weights = {}, None
     if pixel_values is not None:
         # The tower runs here and not inside generate(), whose output does not carry the weights.
@@ -208,6 +212,15 @@ def generate_answers(
     )
     new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)], weights
+
+
+def _check_length(model: IgvaLlavaForConditionalGeneration, prompt: int, answer: int) -> None:
+    longest = getattr(model.config.text_config, "max_position_embeddings", None)
+    if longest is not None and prompt + answer > longest:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, images included, which with max_new_tokens {answer} is more than the {longest} "
+            "that the language model can read; shorten the question, show fewer images, or lower max_new_tokens"
+        )
 
 
 def render_prompt(processor: IgvaLlavaProcessor, turns: Sequence[Turn]) -> str:

@@ -47,6 +47,9 @@ def ask(
 ) -> tuple[str, list[float] | None]:
     """Answer a question about a picture, which is prepared as in training.
 
+    Raises:
+        ValueError: an empty question, or one that is too long for the language model.
+
     Returns:
         The answer, and the weight of each layer group, of several tiles their mean (None where the model computes none).
     """
@@ -55,6 +58,8 @@ def ask(
     from model.evaluation import generate_answers, render_prompt
     from model.instruction import embed_instructions
 
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the picture")
     mean, side = processor.image_processor.image_mean, processor.output_size[0]
     images = views(image, processor.aspect_ratio, mean, side, processor.anyres_grids)
     pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]

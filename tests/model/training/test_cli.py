@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model.cli import main as main_module
 from model.cli.ask import weight_bars
 from model.cli.main import main
 from model.training.run import train
@@ -36,7 +37,7 @@ def recipe_file(make_recipe, tmp_path):
     return file
 
 
-@pytest.mark.parametrize("command", ["train", "ask", "evaluate", "embed"])
+@pytest.mark.parametrize("command", [name for name, *_ in main_module._COMMANDS])
 def test_every_command_has_help_with_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
