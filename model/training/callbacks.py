@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,7 @@ class JsonlLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self._end_broken_line()
             self._write({"event": "start", "step": state.global_step, "torch": torch.__version__, **self._header})
 
     def on_log(
@@ -81,6 +83,12 @@ class JsonlLog(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             self._write({"event": "log", "step": state.global_step, **logs})
+
+    def _end_broken_line(self) -> None:
+        """Cut off what a killed run had begun to write."""
+        if self._path.exists():
+            whole, end, _ = self._path.read_bytes().rpartition(b"\n")
+            os.truncate(self._path, len(whole) + len(end))
 
     def _write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -123,9 +123,7 @@ class CheckpointFolder:
             **(identity.to_dict() if identity else {}),
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        # On the disk before the name says that it is whole: a machine may lose its power, too.
-        for path in (*files, new / MANIFEST, *(path for path in new.rglob("*") if path.is_dir()), new):
-            _sync(path)
+        sync_tree(new)
         os.replace(new, self.folder / new.name)
         _sync(self.folder)
         for path in older:
@@ -214,6 +212,12 @@ def _existing(path: Path) -> Path:
 def _step(path: Path) -> int:
     number = path.name.removeprefix(_PREFIX)
     return int(number) if number.isdigit() else -1
+
+
+def sync_tree(folder: Path) -> None:
+    """Force files and folders to the disk, before a name says that they are whole: a machine may lose its power, too."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

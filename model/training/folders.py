@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from model.configuration import IgvaLlavaConfig
+from model.training.checkpoints import CheckpointFolder, RunIdentity, check_space, check_whole, sync_tree
 from model.training.recipe import TrainRecipe
 
 RUN_RECORDS = "training"
@@ -38,13 +39,20 @@ class RunFolders:
                 checkpoint of this package; or an unfinished run stands there and neither ``resume`` nor ``overwrite`` is
                 set.
             FileNotFoundError: ``resume`` is set and there is no intermediate checkpoint.
+            OSError, ValueError: the newest intermediate checkpoint cannot be read, or is damaged.
         """
         self._restore_replaced()
+        if self._trash.exists():
+            shutil.rmtree(self._trash)
         if _holds_something(self.checkpoint):
             self._check_replaceable()
         if self._resume:
-            if self._newest_intermediate() is None:
-                raise FileNotFoundError(f"resume is set, but there is no intermediate checkpoint in {self.intermediate}")
+            newest = self._newest_intermediate()
+            if newest is None:
+                raise FileNotFoundError(
+                    f"resume is set, but there is no intermediate checkpoint in {self.intermediate}; begin with resume=false"
+                )
+            check_whole(newest)
         elif _holds_something(self.partial) and not self._may_replace:
             raise FileExistsError(
                 f"an unfinished run stands in {self.partial}; set resume=true to go on with it, or overwrite=true to replace it"
@@ -62,8 +70,13 @@ class RunFolders:
 
     @property
     def instructions(self) -> Path:
-        """Embeddings of the instructions, where the recipe names no folder for them."""
-        return self.partial / "instructions"
+        """Embeddings of the instructions, where the recipe names no file for them."""
+        return self.partial / "instructions.safetensors"
+
+    @property
+    def problems(self) -> Path:
+        """Samples that were left out, one a line."""
+        return self.partial / "problems.jsonl"
 
     @property
     def staging(self) -> Path:
@@ -78,15 +91,45 @@ class RunFolders:
     def start(self) -> None:
         """Make the folder of the run, empty unless it is resumed."""
         if self.partial.exists() and not self._resume:
-            shutil.rmtree(self.partial)
+            self._throw_away(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
 
-    def resume_from(self) -> str | None:
-        """The intermediate checkpoint that a resumed run goes on from; None for a run from the beginning."""
-        return str(self._newest_intermediate()) if self._resume else None
+    def resume_from(self, identity: RunIdentity) -> str | None:
+        """The intermediate checkpoint that a resumed run goes on from; None for a run from the beginning.
+
+        Raises:
+            FileNotFoundError: this process sees none: the folder is not shared by the machines of the run.
+            ValueError: it is of a run that differs from this one.
+        """
+        if not self._resume:
+            return None
+        newest = self._newest_intermediate()
+        if newest is None:
+            raise FileNotFoundError(f"no intermediate checkpoint in {self.intermediate}; all machines must share this folder")
+        identity.check(check_whole(newest), newest)
+        return str(newest)
+
+    def check_room(self, finished: int, intermediate: int) -> None:
+        """Refuse a run whose checkpoints will not fit on the disk.
+
+        Args:
+            finished: bytes of the finished checkpoint, in about.
+            intermediate: the same of an intermediate one, of which two are there at times; 0: none is saved.
+
+        Raises:
+            OSError: they do not fit.
+        """
+        check_space(self.partial, finished + 2 * intermediate, "the checkpoints of this run")
+
+    def stage(self) -> None:
+        """Make the folder for the finished checkpoint, empty even where an interrupted save left something."""
+        if self.staging.exists():
+            shutil.rmtree(self.staging)
+        self.records.mkdir(parents=True)
 
     def publish(self) -> None:
         """Move the staged checkpoint to its place; a replaced one is deleted only after that."""
+        sync_tree(self.staging)
         if self.checkpoint.exists():
             os.replace(self.checkpoint, self._replaced)
         try:
@@ -94,13 +137,22 @@ class RunFolders:
         except OSError:
             self._restore_replaced()
             raise
-        shutil.rmtree(self.partial)
+        self._throw_away(self.partial)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
 
     @property
     def _replaced(self) -> Path:
         return self.checkpoint.with_name(self.checkpoint.name + ".replaced")
+
+    @property
+    def _trash(self) -> Path:
+        return self.checkpoint.with_name(self.checkpoint.name + ".trash")
+
+    def _throw_away(self, folder: Path) -> None:
+        """Delete a folder that holds checkpoints: out of its name first, as a deletion that is cut short leaves a part."""
+        os.replace(folder, self._trash)
+        shutil.rmtree(self._trash)
 
     def _restore_replaced(self) -> None:
         """Put back what a run moved aside if it ended between its two renames; else remove it."""
@@ -112,8 +164,7 @@ class RunFolders:
             os.replace(self._replaced, self.checkpoint)
 
     def _newest_intermediate(self) -> Path | None:
-        found = [folder for folder in self.intermediate.glob("checkpoint-*") if folder.is_dir()]
-        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        return CheckpointFolder(self.intermediate).newest()
 
     def _check_replaceable(self) -> None:
         if not self._may_replace:

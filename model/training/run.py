@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +17,26 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console, RenderableType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers.trainer_utils import SaveStrategy, set_seed
 
-from model._hf_compat import enable_activation_checkpointing
 from model.attention import choose_attention
 from model.build import build_model, build_processor
 from model.data.batches import StepBatchSampler
 from model.data.collator import ImageTextCollator, PackingCollator
 from model.data.dataset import LlavaDataset
-from model.data.llava_json import Sample, read_llava_json
+from model.data.problems import Problems
 from model.fusions import takes_text
-from model.instruction import InstructionCache, InstructionPolicy, SentenceEncoder, instruction_texts
+from model.instruction import SentenceEncoder
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
 from model.training.callbacks import JsonlLog, StatusLine
+from model.training.checkpoints import RunIdentity, telling_what_is_safe
+from model.training.data import load_data
+from model.training.distributed import distributed_arguments, gathered_state, start_processes
 from model.training.folders import RunFolders, require_checkpoint
 from model.training.freeze import apply_stage
-from model.training.lora import add_lora, has_lora, merge_lora, save_adapters
+from model.training.layers import prepare_layers
+from model.training.lora import add_lora, has_lora, merged_state, save_adapters
 from model.training.meter import peak_memory_gb
 from model.training.precision import choose_precision, hold_frozen_weights
 from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe
@@ -51,14 +53,14 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     Returns:
         ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after
         ``import model``), ``steps``, ``train_loss``, ``eval_loss`` (None without held-out data), ``seconds``,
-        ``precision``, ``peak_memory_gb`` and ``parameters`` (counts by part).
+        ``precision``, ``peak_memory_gb``, ``parameters`` (counts by part) and ``samples_left_out`` (counts by kind).
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: settings, data or folders that do not fit; nothing was trained
             then.
     """
     start = time.perf_counter()
-    ranks = process_state()
+    ranks = start_processes(recipe.distributed)
     folders = RunFolders(recipe)
     if ranks.is_main_process:
         folders.check()
@@ -71,22 +73,37 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
 
     if recipe.resolved_language_model_training == "lora":
         add_lora(model, recipe.lora)
-    report = apply_stage(model, recipe.stage, recipe.resolved_language_model_training)
+    instructions = processor.sentence_encoder is not None
+    report = apply_stage(model, recipe.stage, recipe.resolved_language_model_training, instructions=instructions)
     say(report.table())
-    if recipe.activation_checkpointing:
-        # The tower is frozen and keeps nothing; only the language model has activations worth giving up.
-        enable_activation_checkpointing(model.model.language_model)
+    # The tower is frozen and keeps nothing; only the language model has activations worth giving up.
+    for line in prepare_layers(model.model.language_model, recipe, ranks.device):
+        say(line)
 
     # One rank makes the folder and embeds the instructions; the others find both.
     with ranks.main_process_first():
         if ranks.is_main_process:
             folders.start()
-        train_data, eval_data = load_data(recipe, processor, folders.instructions, reads_instruction=model.reads_instruction)
+        problems = Problems(recipe.data.on_error, folders.problems)
+        train_data, eval_data = load_data(
+            recipe,
+            processor,
+            folders.instructions,
+            reads_instruction=model.reads_instruction,
+            problems=problems,
+            fills=ranks.is_main_process,
+        )
     say(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
 
-    arguments = training_arguments(recipe, folders)
+    # A model that reads instructions and gets none has parameters that take no part.
+    all_learn = instructions or not model.reads_instruction
+    arguments = training_arguments(recipe, folders, distributed_arguments(recipe, model, all_learn=all_learn))
     precision = "bf16" if arguments.bf16 else "fp32"
     prepare_language_model(model, recipe, precision)
+    identity = RunIdentity.of(recipe.to_dict(), ranks.num_processes, train_data.estimated_lengths())
+    resume_from = folders.resume_from(identity)
+    if ranks.is_main_process:
+        folders.check_room(*checkpoint_sizes(model, arguments.save_strategy != SaveStrategy.NO))
     trainer = IgvaTrainer(
         model=model,
         args=arguments,
@@ -98,10 +115,12 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         callbacks=[StatusLine(), JsonlLog(folders.log, {"recipe": recipe.to_dict(), "parts": report.to_dict()}), *callbacks],
         projector_learning_rate=recipe.projector_learning_rate,
         allocator_learning_rate=recipe.allocator_learning_rate,
+        identity=identity,
     )
     trainer.remove_callback(PrinterCallback)
-    outcome = trainer.train(resume_from_checkpoint=folders.resume_from())
+    outcome = trainer.train(resume_from_checkpoint=resume_from)
     eval_loss = _held_out_loss(trainer) if eval_data else None
+    left_out = report_problems(trainer, problems)
 
     result = {
         "checkpoint": str(folders.checkpoint),
@@ -112,10 +131,10 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         "precision": precision,
         "peak_memory_gb": peak_memory_gb(),
         "parameters": report.to_dict(),
+        "samples_left_out": left_out,
     }
-    if trainer.is_world_process_zero():
-        save_checkpoint(recipe, trainer, processor, folders, result)
-        say(f"saved {folders.checkpoint}")
+    save_checkpoint(recipe, trainer, processor, folders, result)
+    say(f"saved {folders.checkpoint}")
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -165,55 +184,15 @@ def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, 
     return model, processor
 
 
-def load_data(
-    recipe: TrainRecipe, processor: IgvaLlavaProcessor, cache_folder: Path, *, reads_instruction: bool | None = None
-) -> tuple[LlavaDataset, LlavaDataset | None]:
-    """The data to train on and those held out; every instruction is embedded before the first step.
-
-    ``reads_instruction`` says whether the model's fusion reads them; None: in stage 2, as IGVA's.
-    """
-    source = recipe.data
-    samples = read_llava_json(source.path, source.image_folder)
-    held_out = read_llava_json(source.eval_path, source.image_folder) if source.eval_path else None
-    embed = None
-    if reads_instruction is None:
-        reads_instruction = recipe.stage == 2
-    # IGVA's stage 1 averages the layers whatever the instruction is.
-    if reads_instruction and processor.sentence_encoder is not None:
-        cache = InstructionCache(source.instruction_cache or cache_folder, processor.sentence_encoder)
-        fill_cache(cache, samples + (held_out or []), source.instruction_policy)
-        embed = cache.get
-
-    def dataset(samples: list[Sample]) -> LlavaDataset:
-        return LlavaDataset(
-            samples,
-            processor,
-            embed=embed,
-            aspect_ratio=source.aspect_ratio,
-            instruction_policy=source.instruction_policy,
-            chat_template=_template(source.chat_template),
-            max_length=source.max_length,
-        )
-
-    return dataset(samples), dataset(held_out) if held_out else None
-
-
-def fill_cache(cache: InstructionCache, samples: Sequence[Sample], policy: InstructionPolicy) -> int:
-    """Embed what the cache lacks of the samples with images; returns how many different texts they have."""
-    texts = sorted({text for sample in samples if sample.images for text in instruction_texts(sample.human_turns, policy)})
-    # In pieces: the vectors of all of mix665k's instructions would take gigabytes.
-    for start in range(0, len(texts), cache.shard_size):
-        cache.get(texts[start : start + cache.shard_size])
-    return len(texts)
-
-
 def prepare_language_model(model: IgvaLlavaForConditionalGeneration, recipe: TrainRecipe, precision: str) -> None:
     """Set the attention of the run and hold what does not learn as the recipe says."""
     device = process_state().device
     attention = choose_attention(recipe.attention, device, packing=recipe.data.packing, half_precision=precision == "bf16")
     model.model.language_model.set_attn_implementation(attention.name)
     say(f"attention: {attention.name} ({attention.reason})")
-    in_bf16 = hold_frozen_weights(model, recipe.frozen_weights, device, precision)
+    # FSDP2 shards frozen and learning weights together, and those of one shard must have one type.
+    held_in = "fp32" if recipe.distributed == "fsdp2" else recipe.frozen_weights
+    in_bf16 = hold_frozen_weights(model, held_in, device, precision)
     if in_bf16:
         say(f"{in_bf16:,} parameters that do not learn are held, and will be saved, in bf16")
 
@@ -234,8 +213,22 @@ def deal_batches(recipe: TrainRecipe, data: LlavaDataset) -> StepBatchSampler:
     )
 
 
-def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArguments:
-    """The settings of a recipe in the words of transformers' Trainer."""
+def checkpoint_sizes(model: IgvaLlavaForConditionalGeneration, saves_steps: bool) -> tuple[int, int]:
+    """About how many bytes the finished checkpoint takes, and one of a step (0 where none is saved)."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    # AdamW keeps two numbers in fp32 for each that learns.
+    states = sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return weights, (weights + states if saves_steps else 0)
+
+
+def training_arguments(recipe: TrainRecipe, folders: RunFolders, distributed: dict[str, Any]) -> TrainingArguments:
+    """The settings of a recipe in the words of transformers' Trainer.
+
+    Args:
+        recipe: the run.
+        folders: where it writes.
+        distributed: what :func:`model.training.distributed.distributed_arguments` gives.
+    """
     ranks = process_state()
     # One rank's timing counts for all: close to a tie each might come to a choice of its own.
     (precision,) = broadcast_object_list([choose_precision(recipe.precision, ranks.device)])
@@ -258,7 +251,6 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArgu
         warmup_steps=recipe.warmup,
         lr_scheduler_type="constant_with_warmup" if recipe.scheduler == "constant" else recipe.scheduler,
         bf16=precision.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         logging_steps=1 if recipe.smoke else recipe.log_every,
         logging_first_step=True,
@@ -275,7 +267,19 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders) -> TrainingArgu
         label_names=["labels"],
         report_to=recipe.trackers or "none",
         disable_tqdm=True,  # StatusLine shows more
+        **distributed,
     )
+
+
+def report_problems(trainer: IgvaTrainer, problems: Problems) -> dict[str, int]:
+    """Say and log how many samples were left out, by kind; nothing where there were none."""
+    # Every rank has met its last sample.
+    trainer.accelerator.wait_for_everyone()
+    counts = problems.counts()
+    if counts:
+        say(problems.table())
+        trainer.log({"samples_left_out": sum(counts.values()), **{f"left_out_{kind}": n for kind, n in counts.items()}})
+    return counts
 
 
 def save_checkpoint(
@@ -285,24 +289,28 @@ def save_checkpoint(
     folders: RunFolders,
     result: dict[str, Any],
 ) -> None:
-    """Put the checkpoint together and move it to its place.
+    """Put the checkpoint together and move it to its place; every process must call it.
 
     Adapters are saved as they are, in ``adapters/``, and merged: the checkpoint itself is a plain model.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    folders.records.mkdir(parents=True)
-    if has_lora(model):
-        save_adapters(model, folders.staging / "adapters")
-        # A merged weight in bf16 would round the adapters away. The run is over, and memory has held the model in fp32 before.
-        model.to(device="cpu", dtype=torch.float32)
-        merge_lora(model)
-    model.save_pretrained(folders.staging)
-    processor.save_pretrained(folders.staging)
-    trainer.state.save_to_json(str(folders.records / "trainer_state.json"))
-    (folders.records / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-    (folders.records / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    shutil.copy(folders.log, folders.records / folders.log.name)
-    folders.publish()
+    state = gathered_state(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    with telling_what_is_safe("the finished checkpoint", folders.staging, trainer.checkpoints.newest()):
+        folders.stage()
+        if has_lora(model):
+            save_adapters(model, folders.staging / "adapters", state)
+            state = merged_state(model, state)
+        model.save_pretrained(folders.staging, state_dict=state)
+        processor.save_pretrained(folders.staging)
+        trainer.state.save_to_json(str(folders.records / "trainer_state.json"))
+        (folders.records / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        (folders.records / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        for file in (folders.log, folders.problems):
+            if file.is_file():
+                shutil.copy(file, folders.records / file.name)
+        folders.publish()
 
 
 def _held_out_loss(trainer: IgvaTrainer) -> float:
@@ -320,9 +328,3 @@ def _check_encoder(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlav
             f"model.sentence_encoder gives {encoder.dimension} numbers a sentence, but the checkpoint's allocator takes "
             f"{expected}; use the encoder that it was built with"
         )
-
-
-def _template(name_or_file: str | None) -> str | None:
-    if name_or_file is not None and Path(name_or_file).is_file():
-        return Path(name_or_file).read_text(encoding="utf-8")
-    return name_or_file
