@@ -173,7 +173,7 @@ def _marks_packed_rows(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.numel() == 0
 
 
-def _varlen_attn() -> Callable[..., Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     # By attribute: torch.compile traces that, and not an import.
     return varlen.varlen_attn
 

@@ -73,8 +73,8 @@ class IgvaLlavaOutput(ModelOutput):
     past_key_values: the cache.
     hidden_states, attentions: those of the language model, where asked for.
     image_hidden_states: (B, N', H), the projected image tokens; None without images.
-    fusion_weights: (B, K) in float32, the weight of each group for each image; None without images, in stage 1 and for
-        fusions that do not read the instruction.
+    fusion_weights: (B, K) in float32, the weight of each group for each image; None without images (in training B is 0
+        then), in stage 1 and for fusions that do not read the instruction.
     cross_entropy, balance: the parts of the loss, without gradient; see :class:`model.loss.TokenExactLoss`.
     """
 
@@ -349,7 +349,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         features = self._image_features(pixel_values, instruction_embeds, image_to_sentence, mm_encoder_outputs)
         # Before the embeddings, as images are: ranks must gather sharded weights in the same order.
-        black_image = self._tokens_of_a_black_image(input_ids) if features is None and input_ids is not None else None
+        black_image = self._black_image(input_ids) if features is None and input_ids is not None else None
         if input_ids is not None:
             is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -357,7 +357,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
                 inputs_embeds = self._merge(input_ids, inputs_embeds, features)
             if black_image is not None:
                 nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
-                inputs_embeds = inputs_embeds.masked_scatter(nowhere, black_image.to(inputs_embeds))
+                inputs_embeds = inputs_embeds.masked_scatter(nowhere, black_image.pooler_output.to(inputs_embeds))
         elif features is not None:
             raise ValueError("images need input_ids, which mark their places; inputs_embeds cannot be searched for them")
         outputs = self.language_model(
@@ -367,13 +367,17 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+        fusion_weights = None if features is None else features.get("fusion_weights")
+        if black_image is not None and black_image.fusion_weights is not None:
+            # Of no image, yet with a graph: ranks must run the same modules' backward, that of the balance term included.
+            fusion_weights = black_image.fusion_weights[:0]
         return IgvaLlavaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if features is None else features.pooler_output,
-            fusion_weights=None if features is None else features.get("fusion_weights"),
+            fusion_weights=fusion_weights,
         )
 
     def _image_features(
@@ -392,8 +396,8 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             raise ValueError("instruction_embeds given without pixel_values: there is no image to weigh the layers of")
         return encoded
 
-    def _tokens_of_a_black_image(self, input_ids: Tensor) -> Tensor | None:
-        """Tokens (N', H) of a black image: a training batch without images puts them nowhere, for their gradient of 0.
+    def _black_image(self, input_ids: Tensor) -> IgvaLlavaImageFeatures | None:
+        """Features of a black image: a training batch without images puts them nowhere, for their gradient of 0.
 
         Ranks that saw images reduce gradients of tower, fusion and projector, or gather their weights, and would wait for ever
         for one that saw none. None where nothing of them learns, and outside of training.
@@ -404,8 +408,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         side, device, instruction_embeds = self.config.image_size, input_ids.device, None
         if self.reads_instruction:
             instruction_embeds = torch.zeros(1, self.config.fusion["text_dim"], device=device)
-        features = self.get_image_features(torch.zeros(1, 3, side, side, device=device), instruction_embeds)
-        return features.pooler_output.flatten(0, 1)
+        return self.get_image_features(torch.zeros(1, 3, side, side, device=device), instruction_embeds)
 
     def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures | None) -> Tensor:
         """Overwrite the embeddings at the placeholders, in reading order, after counting both."""
@@ -549,7 +552,9 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
         if labels is not None:
             balance_loss_weight = self.config.balance_loss_weight
             needs_owners = balance_loss_weight and outputs.fusion_weights is not None and image_to_sample is None
-            if needs_owners and input_ids is not None and sample_ids is None:
+            if needs_owners and outputs.image_hidden_states is None:
+                image_to_sample = torch.empty(0, dtype=torch.long, device=labels.device)
+            elif needs_owners and input_ids is not None and sample_ids is None:
                 image_to_sample = self._rows_of_images(input_ids, *outputs.image_hidden_states.shape[:2])
             loss, cross_entropy, balance = token_exact_loss(
                 outputs.last_hidden_state,

@@ -62,8 +62,8 @@ class StepMeter:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         lengths = lengths.to(self._device, torch.int64)
         labels = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(self._device)
-        num_images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-        known = torch.tensor([input_ids.numel(), len(lengths), num_images], device=self._device)
+        image_count = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        known = torch.tensor([input_ids.numel(), len(lengths), image_count], device=self._device)
         of_lengths = torch.stack([lengths.sum(), lengths.square().sum(), labels])
         # In the order of _COUNTS; the last two are known when the counts are read.
         self._counts[:6] += torch.stack([of_lengths[0], known[0], known[1], of_lengths[1], of_lengths[2], known[2]])

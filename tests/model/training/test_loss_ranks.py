@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -53,7 +55,8 @@ def test_a_batch_of_text_gives_the_same_bits_as_without_the_vision_part(make_mod
     assert loss.requires_grad
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, loss.detach())
-    assert model(**batch).fusion_weights is None  # those of the black image are nobody's
+    assert model(**batch).fusion_weights.shape == (0, 2)  # those of the black image are nobody's
+    assert model.eval()(**batch).fusion_weights is None
 
 
 def test_stage_1_can_train_on_a_batch_of_text(make_model, make_batch):
@@ -94,18 +97,35 @@ def steps_of(model, make_batch):
     return steps
 
 
-def test_two_ranks_of_which_one_lacks_images_or_labels_give_the_gradients_of_one(trained, make_batch, tmp_path):
+def check_head(folder, wrapper, steps):
+    """Ranks whose label counts differ, one of them without any, gather the head's weight once and run a chunk at least."""
+    chunks = set()
+    for rank in range(2):
+        passes = json.loads((folder / f"{wrapper}-{rank}.json").read_text())
+        assert len(passes) == len(steps), wrapper
+        for seen, step in zip(passes, steps, strict=True):
+            num_labels = int((step[rank]["labels"][:, 1:] != -100).sum())
+            assert seen["calls"] == [num_labels], wrapper
+            assert sum(seen["chunks"]) == num_labels and len(seen["chunks"]) >= 1, wrapper
+            chunks.add(len(seen["chunks"]))
+    assert len(chunks) > 1 and 1 in chunks  # the numbers of chunks do differ
+
+
+def check_two_ranks(wrappers, trained, make_batch, folder):
     steps = steps_of(trained, make_batch)
-    trained.save_pretrained(tmp_path / "model")
-    torch.save(steps, tmp_path / "steps.pt")
+    trained.save_pretrained(folder / "model")
+    torch.save(steps, folder / "steps.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(PROGRAM), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # DeepSpeed on a CPU without oneCCL: gloo.
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*launcher, str(PROGRAM), str(folder), *wrappers]
     # The guard ends a hang, which is what this test is about.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for wrapper in ("ddp", "fsdp"):
-        for number, (step, actual) in enumerate(zip(steps, torch.load(tmp_path / f"{wrapper}.pt"), strict=True)):
+    assert done.returncode == 0, done.stderr[-12000:]
+    for wrapper in wrappers:
+        check_head(folder, wrapper, steps)
+        for number, (step, actual) in enumerate(zip(steps, torch.load(folder / f"{wrapper}.pt"), strict=True)):
             trained.zero_grad()
             num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
             sum(trained(**batch, num_items_in_batch=num_items).loss for batch in step).backward()
@@ -115,3 +135,13 @@ def test_two_ranks_of_which_one_lacks_images_or_labels_give_the_gradients_of_one
                 # fp32 sums in another order, against the largest entry of the tensor.
                 tolerance = 1e-5 * float(gradient.abs().max()) + 1e-7
                 torch.testing.assert_close(actual[name], gradient, rtol=0, atol=tolerance, msg=f"{wrapper} {number} {name}")
+
+
+def test_two_ranks_of_which_one_lacks_images_or_labels_give_the_gradients_of_one(trained, make_batch, tmp_path):
+    check_two_ranks(("ddp", "fsdp"), trained, make_batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)")
+def test_two_ranks_under_zero3_of_which_one_lacks_images_or_labels_give_the_gradients_of_one(trained, make_batch, tmp_path):
+    check_two_ranks(("zero3",), trained, make_batch, tmp_path)
