@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from igva_kernels.impl.output_norm import normalise
 from igva_kernels.impl.reference import accumulation_dtype
 from igva_kernels.impl.triton.launch import (
     ACCESS_BYTES,
@@ -23,12 +24,14 @@ from igva_kernels.impl.triton.launch import (
     elements_per_access,
     flat_tile,
     narrow_tile,
+    normalised_tile,
     row_tile,
     stride_over,
 )
 from igva_kernels.impl.triton.mix_backward import launch_mix_backward
 from igva_kernels.impl.triton.mix_forward import launch_mix_forward
-from igva_kernels.impl.triton.patch_sums import launch_patch_sums
+from igva_kernels.impl.triton.norm_forward import launch_normalised_forward
+from igva_kernels.impl.triton.patch_means import launch_patch_means
 from igva_kernels.impl.triton.replay import recording, replay_of
 from igva_kernels.impl.triton.row_backward import launch_row_backward
 from igva_kernels.impl.triton.row_forward import launch_row_forward
@@ -42,12 +45,14 @@ from igva_kernels.impl.triton.schedule import (
     summary_schedule,
 )
 from igva_kernels.impl.triton.support import MAX_IMAGE_ELEMENTS, check_supported
+from igva_kernels.output_norm import OutputNorm, statistics_of
 from igva_kernels.program import MixProgram
 
 __all__ = [
     "check_supported",
     "fuse_backward",
     "fuse_forward",
+    "normalised_forward",
     "recording",
     "reduce_backward",
     "reduce_forward",
@@ -82,6 +87,96 @@ def fuse_forward(
         means = states[0].new_empty(program.num_weighted_groups, batch, num_patches, width, dtype=dtype)
     _launch_forward(states, program, mix_schedule(program), weights, indices, out, means, num_patches, num_prefix_tokens)
     return out, out.new_empty(0) if means is None else means
+
+
+def normalised_forward(
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    norm: OutputNorm,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    save_mixed: bool,
+    *,
+    indices: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`fuse_forward` with a norm behind it; arguments and results as for the reference.
+
+    In one launch where a program can hold the S*D channels of a token (:func:`normalised_tile`). Else, and nowhere else, in
+    two steps with the same arithmetic: the mix in the accumulation dtype, and torch's norm of that map.
+    """
+    batch, num_tokens, width = states[0].shape
+    num_patches = num_tokens - num_prefix_tokens
+    dtype = states[0].dtype if dtype is None else dtype
+    schedule = mix_schedule(program)
+    accumulation = accumulation_of(*(state.dtype for state in states))
+    shape = (batch, num_patches, len(program.slots) * width)
+    out_dtype = norm.dtype_of(dtype)
+    num_means = program.num_weighted_groups if save_means else 0
+    vec = common_access(states, width, out_dtype, *((dtype,) if save_means else ()))
+    # All slots, the sums of the groups that wait, and the row at hand; the compiler keeps means for the end as well.
+    held = len(schedule.terms) + schedule.open_groups + 1 + num_means
+    tile = normalised_tile(vec, width, accumulation, held)
+    if tile is None:
+        return _normalised_in_two_steps(
+            states, weights, norm, program, num_prefix_tokens, save_means, save_mixed, indices=indices, dtype=dtype
+        )
+    out = states[0].new_empty(shape, dtype=out_dtype)
+    mixed = out.new_empty(shape) if save_mixed else None
+    statistics = out.new_empty((statistics_of(norm), *shape[:2], 1), dtype=accumulation) if save_mixed else None
+    means = None
+    if save_means:
+        means = out.new_empty((num_means, batch, num_patches, width), dtype=dtype)
+    streams = Streams.of(states, vec)
+    launch_normalised_forward(
+        streams,
+        schedule,
+        None if weights is None else weights.contiguous(),
+        None if indices is None else indices.contiguous(),
+        norm._replace(weight=_parameter(norm.weight), bias=_parameter(norm.bias)),
+        out,
+        means,
+        mixed,
+        statistics,
+        selected=_selection(program, streams, indices) if means is None else None,
+        tile=tile,
+        num_rows=num_patches,
+        first_row=num_prefix_tokens,
+    )
+    nothing = out.new_empty(0)
+    return (
+        out,
+        out.new_empty(0, dtype=dtype) if means is None else means,
+        nothing if mixed is None else mixed,
+        out.new_empty(0, dtype=accumulation) if statistics is None else statistics,
+    )
+
+
+def _normalised_in_two_steps(
+    states: Sequence[Tensor],
+    weights: Tensor | None,
+    norm: OutputNorm,
+    program: MixProgram,
+    num_prefix_tokens: int,
+    save_means: bool,
+    save_mixed: bool,
+    *,
+    indices: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mix as a map in the accumulation dtype, and torch's norm of it: for rows that no program can hold."""
+    wide = accumulation_of(*(state.dtype for state in states))
+    rows, means = fuse_forward(states, weights, program, num_prefix_tokens, save_means, indices=indices, dtype=wide)
+    normalised, of_rows = normalise(rows, norm)
+    out = normalised.to(norm.dtype_of(dtype))
+    if not save_mixed:
+        return out, means.to(dtype), out.new_empty(0), out.new_empty(0, dtype=wide)
+    return out, means.to(dtype), rows.to(out.dtype), torch.stack(of_rows)
+
+
+def _parameter(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else _aligned(parameter.detach().contiguous())
 
 
 def _launch_forward(
@@ -304,11 +399,10 @@ def summaries_forward(states: Sequence[Tensor], program: MixProgram, num_prefix_
     batch, num_tokens, width = states[0].shape
     vec = elements_per_access(states[0].dtype)
     streams, schedule = Streams.of(states, vec), summary_schedule(program)
-    if summary == "mean_patch":
-        num_patches = num_tokens - num_prefix_tokens
-        sums = launch_patch_sums(streams, schedule, num_patches, num_prefix_tokens).sum(dim=1)
-        return (sums / num_patches).to(states[0].dtype)
     summaries = states[0].new_empty(batch, program.num_weights, width)
+    if summary == "mean_patch":
+        launch_patch_means(streams, schedule, summaries, num_tokens - num_prefix_tokens, num_prefix_tokens)
+        return summaries
     launch_mix_forward(
         streams,
         schedule,

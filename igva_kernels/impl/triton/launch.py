@@ -118,6 +118,23 @@ def row_tile(vec: int, width: int, accumulator: torch.dtype, num_rows_held: int)
     return Tile(block=block, vec=vec, num_warps=warps, width=width, pieces=-(-width // block))
 
 
+NORMALISED_WARPS = 256 // 32
+"""Warps of a program at most where a norm follows the mix. Up to 256 threads each may have all of its 255 registers; beyond,
+the register file would be divided among more, and rows of ROW_REGISTERS would be spilled."""
+
+
+def normalised_tile(vec: int, width: int, accumulator: torch.dtype, num_rows_held: int) -> Tile | None:
+    """The row of a token for a norm over all of its slots, which wait in registers for the last of them.
+
+    As :func:`row_tile`: VipLlava's five slots of 1024 and the row at hand take two warps. None where they do not fit
+    ROW_REGISTERS of a thread in :data:`NORMALISED_WARPS`: 16 rows of a 16-bit type, 32 of float32, of up to 2048 channels, or
+    fewer wider ones.
+    """
+    tile = row_tile(vec, width, accumulator, num_rows_held)
+    registers = tile.pieces * vec * num_rows_held * max(1, accumulator.itemsize // 4)
+    return tile if registers <= ROW_REGISTERS and tile.num_warps * WARP <= NORMALISED_WARPS * 32 else None
+
+
 def sharing_of(weights: Tensor | None, indices: Tensor | None = None) -> str:
     """Who has a row of weights: ``"all"`` tokens for (K,), an ``"image"`` for (B, K), a ``"token"`` for (B, N, K); or
     ``"sparse"``, a token with k of them that ``indices`` (B, N, k) name."""
@@ -164,6 +181,11 @@ def pinning() -> str:
     if triton.knobs.runtime.interpret:
         return ""
     return "ptx" if WARP == 32 else "gcn"
+
+
+def register_limit(registers: int) -> dict[str, int]:
+    """The option of a launch that lets ptxas use so many registers a thread; AMD's compiler has no such option."""
+    return {"maxnreg": registers} if WARP == 32 else {}
 
 
 def stride_over(tensor: Tensor, dim: int) -> int:

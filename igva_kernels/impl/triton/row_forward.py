@@ -37,40 +37,41 @@ from igva_kernels.impl.triton.schedule import Schedule, Selection
 from igva_kernels.impl.triton.tiles import zero_tiles
 
 
-@triton.jit(do_not_specialize=["weights", "indices", "batch_strides", "num_rows"])
-def row_forward_kernel(
-    states,  # num_sources x *[B, T, D]
-    weights,  # *[K], *[B, K], *[B, N, K] or *[B, N, CHOSEN]; None if K = 0
-    indices,  # *[B, N, CHOSEN]; None unless the weights are sparse
-    out,  # *[B, N, S*D]; None if no slot is wanted
-    means,  # *[NUM_MEANS, B, N, D]; None if NUM_MEANS = 0
-    batch_strides,  # the distinct batch strides of the states, in units of VEC elements
-    num_rows,  # N
-    SCHEDULE: tl.constexpr,  # see schedule.py
-    STRIDE_OF: tl.constexpr,  # per source, which of the batch strides is its own
-    NUM_MEANS: tl.constexpr,  # so many of the group means are stored as well, beginning with the weighted ones
-    SHARING: tl.constexpr,  # which tokens share a row of weights, see load_row_weights
-    CHOSEN: tl.constexpr,  # k of sparse weights, else 0
-    SELECTED: tl.constexpr,  # per column of sparse weights, its source, where rows are selected; see schedule.py
+@triton.jit
+def mix_row(
+    states,
+    weights,
+    indices,
+    batch_strides,
+    image,
+    token,
+    num_rows,
+    WANTED: tl.constexpr,  # whether the slots are, and not the sums of the groups alone
+    SCHEDULE: tl.constexpr,
+    STRIDE_OF: tl.constexpr,
+    SHARING: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SELECTED: tl.constexpr,
     SELECTED_SLOT: tl.constexpr,
     SELECTED_GROUP: tl.constexpr,
-    FIRST_ROW: tl.constexpr,  # the row of a state that becomes row 0 of the outputs: P for patches
+    FIRST_ROW: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     PIECES: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
-    PIN: tl.constexpr,  # see pin
+    PIN: tl.constexpr,
 ):
-    """Grid: (N, B)."""
+    """A row of every slot and the sum of every group, (S + G) x PIECES x [BLOCK]; arguments as for the kernels.
+
+    Slots that copy are in the type of their source, all else in ACC.
+    """
     S: tl.constexpr = len(SCHEDULE.terms)
     G: tl.constexpr = len(SCHEDULE.sizes)
     K: tl.constexpr = len(SCHEDULE.columns)
     STREAM: tl.constexpr = "evict_first" if EVICT_FIRST else ""
 
-    token = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
     exists = token >= 0  # all rows of the forward do
     columns = ()  # CHOSEN x scalar
     if indices is not None:
@@ -109,16 +110,74 @@ def row_forward_kernel(
                     factor = reciprocal_deviation(centred, SCHEDULE.members[source][i], SCHEDULE, D, PIECES)
                     member = scale_row(centred, factor, PIECES)
                 sums = add_row_to_group(sums, member, source, SCHEDULE.members[source][i], SCHEDULE, PIECES, PIN)
-            if out is not None:
+            if WANTED:
                 slots = fold_term_rows(slots, sums, weight, columns, source, SCHEDULE, PIECES, CHOSEN, PIN)
+    return slots + sums
 
+
+@triton.jit(do_not_specialize=["weights", "indices", "batch_strides", "num_rows"])
+def row_forward_kernel(
+    states,  # num_sources x *[B, T, D]
+    weights,  # *[K], *[B, K], *[B, N, K] or *[B, N, CHOSEN]; None if K = 0
+    indices,  # *[B, N, CHOSEN]; None unless the weights are sparse
+    out,  # *[B, N, S*D]; None if no slot is wanted
+    means,  # *[NUM_MEANS, B, N, D]; None if NUM_MEANS = 0
+    batch_strides,  # the distinct batch strides of the states, in units of VEC elements
+    num_rows,  # N
+    SCHEDULE: tl.constexpr,  # see schedule.py
+    STRIDE_OF: tl.constexpr,  # per source, which of the batch strides is its own
+    NUM_MEANS: tl.constexpr,  # so many of the group means are stored as well, beginning with the weighted ones
+    SHARING: tl.constexpr,  # which tokens share a row of weights, see load_row_weights
+    CHOSEN: tl.constexpr,  # k of sparse weights, else 0
+    SELECTED: tl.constexpr,  # per column of sparse weights, its source, where rows are selected; see schedule.py
+    SELECTED_SLOT: tl.constexpr,
+    SELECTED_GROUP: tl.constexpr,
+    FIRST_ROW: tl.constexpr,  # the row of a state that becomes row 0 of the outputs: P for patches
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    PIECES: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
+    PIN: tl.constexpr,  # see pin
+):
+    """Grid: (N, B)."""
+    S: tl.constexpr = len(SCHEDULE.terms)
+
+    token = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    rows = mix_row(
+        states,
+        weights,
+        indices,
+        batch_strides,
+        image,
+        token,
+        num_rows,
+        out is not None,
+        SCHEDULE,
+        STRIDE_OF,
+        SHARING,
+        CHOSEN,
+        SELECTED,
+        SELECTED_SLOT,
+        SELECTED_GROUP,
+        FIRST_ROW,
+        D,
+        ACC,
+        BLOCK,
+        VEC,
+        PIECES,
+        EVICT_FIRST,
+        PIN,
+    )
     if out is not None:
         target = out + (image * num_rows + token) * (S * D)
         for slot in tl.static_range(S):
-            store_row(target + slot * D, row_at(slots, slot, PIECES), D, BLOCK, VEC, PIECES)
+            store_row(target + slot * D, row_at(rows, slot, PIECES), D, BLOCK, VEC, PIECES)
     for group in tl.static_range(NUM_MEANS):
         target = means + ((group * tl.num_programs(1) + image) * num_rows + token) * D
-        store_row(target, mean_row(sums, group, SCHEDULE, PIECES), D, BLOCK, VEC, PIECES)
+        store_row(target, mean_row(rows[S * PIECES :], group, SCHEDULE, PIECES), D, BLOCK, VEC, PIECES)
 
 
 def launch_row_forward(
