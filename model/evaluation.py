@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.answering import answer_end_tokens, generate_answers, render_prompt
 from model.data.dataset import load_images, view_counts
 from model.data.llava_json import Sample, Turn
 from model.instruction import InstructionPolicy, embed_instructions
@@ -158,87 +159,6 @@ def evaluate(
                 answers[index] = _answer(samples[index], text, rows)
             bar.update(len(batch))
     return _result([answer for answer in answers if answer is not None])
-
-
-def generate_answers(
-    model: IgvaLlavaForConditionalGeneration,
-    processor: IgvaLlavaProcessor,
-    prompts: Sequence[str],
-    pixel_values: Tensor | None,
-    instruction_embeds: Tensor | None,
-    *,
-    max_new_tokens: int,
-    stop: Sequence[int] | None = None,
-    view_counts: Sequence[int] | None = None,
-) -> tuple[list[str], Tensor | None]:
-    """Greedy answers to rendered prompts.
-
-    Args:
-        prompts: B texts with ``<image>`` placeholders, from :func:`render_prompt`.
-        pixel_values: (I, 3, H, W), the pictures in order of their placeholders, or None.
-        instruction_embeds: (I, E), or None.
-        max_new_tokens: longest answer.
-        stop: tokens that end an answer; None: :func:`answer_end_tokens`.
-        view_counts: images that each placeholder stands for, see :func:`model.data.images.num_views`; None: one each.
-
-    Returns:
-        B texts, and the fusion weights (I, K) float32 or None.
-
-    Raises:
-        ValueError: a prompt and its answer together are longer than the language model can read.
-    """
-    expanded = processor.expand_image_tokens(prompts, view_counts)
-    inputs = processor.tokenizer(expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
-        model.device
-    )
-    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
-    images, weights = {}, None
-    if pixel_values is not None:
-        # The tower runs here and not inside generate(), whose output does not carry the weights.
-        features = model.get_image_features(
-            pixel_values.to(model.device, model.dtype),
-            None if instruction_embeds is None else instruction_embeds.to(model.device),
-        )
-        images = {"mm_encoder_outputs": {"image": features}}
-        weights = None if features.fusion_weights is None else features.fusion_weights.float().cpu()
-    tokens = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        **images,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop or answer_end_tokens(model, processor)),
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)], weights
-
-
-def _check_length(model: IgvaLlavaForConditionalGeneration, prompt: int, answer: int) -> None:
-    longest = getattr(model.config.text_config, "max_position_embeddings", None)
-    if longest is not None and prompt + answer > longest:
-        raise ValueError(
-            f"the prompt has {prompt} tokens, images included, which with max_new_tokens {answer} is more than the {longest} "
-            "that the language model can read; shorten the question, show fewer images, or lower max_new_tokens"
-        )
-
-
-def render_prompt(processor: IgvaLlavaProcessor, turns: Sequence[Turn]) -> str:
-    """Turns that end with the user's, as the text after which the model is to answer."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
-
-
-def answer_end_tokens(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlavaProcessor) -> list[int]:
-    """Tokens that end an answer: the model's own, and the one with which the chat template closes an assistant's
-    turn."""
-    configured = model.generation_config.eos_token_id
-    found = set(configured if isinstance(configured, list) else [configured]) | {processor.tokenizer.eos_token_id}
-    encoded = processor.tokenize_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    spoken = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    if spoken[-1] in processor.tokenizer.all_special_ids:
-        found.add(spoken[-1])
-    return sorted(token for token in found if token is not None)
 
 
 def other_pictures(samples: Sequence[Sample]) -> list[int]:

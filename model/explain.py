@@ -15,10 +15,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from model.data.images import views
+from model.answering import embed_questions, generate_tokens, pixels_of, render_prompt
 from model.data.llava_json import IMAGE_PLACEHOLDER, Turn
-from model.evaluation import answer_end_tokens, render_prompt
-from model.instruction import embed_instructions
 
 if TYPE_CHECKING:
     from model.modeling import IgvaLlavaForConditionalGeneration
@@ -90,10 +88,10 @@ def group_weights(
     check_weighs(model, processor)
     if not images or not questions:
         raise ValueError(f"got {len(images)} pictures and {len(questions)} questions, expected at least one of each")
-    embeds = _embed(processor, questions).to(model.device)
+    embeds = embed_questions(processor, [[question] for question in questions]).to(model.device)
     rows = []
     for image in images:
-        pixel_values = _pixels(model, processor, image)
+        pixel_values = pixels_of(processor, image).to(model.device, model.dtype)
         rows.append(model.model.fusion_weights(pixel_values, embeds).float().mean(dim=1).cpu())
     return torch.stack(rows)
 
@@ -119,20 +117,12 @@ def group_saliency(
     allocator = getattr(model.model.fusion, "allocator", None)
     if allocator is None:
         raise ValueError(f"saliency needs IGVA's allocator, and the fusion is {model.config.fusion['type']!r}")
-    pixel_values = _pixels(model, processor, image)
-    embeds = _embed(processor, [question]).to(model.device).expand(len(pixel_values), -1)
+    pixel_values = pixels_of(processor, image).to(model.device, model.dtype)
+    embeds = embed_questions(processor, [[question]]).to(model.device).expand(len(pixel_values), -1)
     prompt = render_prompt(processor, [Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}")])
-    text = processor.expand_image_tokens([prompt], [len(pixel_values)])
-    inputs = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    start = inputs["input_ids"].shape[1]
     whole = model.get_image_features(pixel_values, embeds)
-    tokens = model.generate(
-        **inputs,
-        mm_encoder_outputs={"image": whole},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=answer_end_tokens(model, processor),
-        pad_token_id=processor.tokenizer.pad_token_id,
+    tokens, start = generate_tokens(
+        model, processor, [prompt], whole, max_new_tokens=max_new_tokens, view_counts=[len(pixel_values)]
     )
 
     def log_probability(features: object) -> float:
@@ -174,18 +164,6 @@ def collapse(weights: Tensor) -> str | None:
     if len(weights) > 1 and weights.std(0).max() < SAME_FOR_ALL:
         return "the weights are the same for all these questions: the instruction is not read"
     return None
-
-
-def _embed(processor: IgvaLlavaProcessor, questions: Sequence[str]) -> Tensor:
-    texts = [[question] for question in questions]
-    return embed_instructions(texts, processor.encode_instructions, processor.instruction_policy)
-
-
-def _pixels(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlavaProcessor, image: Image) -> Tensor:
-    mean, side = processor.image_processor.image_mean, processor.output_size[0]
-    images = views(image, processor.aspect_ratio, mean, side, processor.anyres_grids)
-    pixel_values: Tensor = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    return pixel_values.to(model.device, model.dtype)
 
 
 @contextmanager

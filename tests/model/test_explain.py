@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from model import explain
+from model.answering import pixels_of
 from model.cli import explain as command
 from model.cli.main import main
 
@@ -32,7 +33,7 @@ def test_the_weights_are_those_of_the_forward(loaded, pictures):
     weights = explain.group_weights(model, processor, pictures, QUESTIONS)
     assert weights.shape == (2, 3, 2)
     for index, picture in enumerate(pictures):
-        pixel_values = explain._pixels(model, processor, picture)
+        pixel_values = pixels_of(processor, picture)
         for position, question in enumerate(QUESTIONS):
             expected = model.get_image_features(pixel_values, processor.encode_instructions([question])).fusion_weights
             torch.testing.assert_close(weights[index, position], expected[0])

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from model import evaluation
+from model.answering import answer_end_tokens, render_prompt
 from model.data.llava_json import samples_from_records
 from model.evaluation import (
-    answer_end_tokens,
     evaluate,
     most_frequent_answers,
     normalized,
     other_pictures,
-    render_prompt,
 )
 
 
