@@ -155,7 +155,7 @@ CASES = {
     "normalised, dh": Case(_normalised_backward, reads=1 + 24, writes=24, plan=NORMALISED),
     "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=24, writes=4),
     "cls summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "cls"), reads=4, writes=4),
-    # its partial sums of ROWS patches are float32 scalars, one a thread and group
+    # a loop over the patches; what is left of them is one column a thread, and a store for each group
     "patch summaries": Case(lambda k, t: _summaries(k, t, "mean_patch"), reads=24, writes=0, sums=4),
     # the gradient of the mean patch arrives in float32
     "patch summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "mean_patch"), reads=4, writes=4, wide_reads=4),
@@ -202,9 +202,9 @@ def tensors(
 def record(machine_code) -> Callable[..., Any]:
     """The launch of a case, recorded instead of executed."""
     import igva_kernels.impl.triton as kernels
-    from igva_kernels.impl.triton import mix_backward, mix_forward, patch_sums, row_backward, row_forward
+    from igva_kernels.impl.triton import mix_backward, mix_forward, patch_means, row_backward, row_forward
 
-    modules = (mix_forward, mix_backward, row_forward, row_backward, patch_sums)
+    modules = (mix_forward, mix_backward, row_forward, row_backward, patch_means)
 
     def record(case: str, target: str, inputs: dict[str, Any]) -> Any:
         warp = machine_code.TARGETS[target].warp_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igva_kernels.plan import FusionPlan
 
@@ -53,12 +54,49 @@ def test_summaries(kernels, weighted_plan, summary, dtype, make_states, assert_a
 
 
 def test_mean_patch_of_wide_states(kernels, make_states, assert_as_exact_as) -> None:
-    """More columns than a program holds, a width that is no power of two, several chunks of patches."""
+    """More columns than a program holds, a width that is no power of two, more patches than are added at a time."""
     plan = FusionPlan.igva(2, 2)
-    states = make_states(plan, batch=1, patches=33, width=168, prefix=0)
+    states = make_states(plan, batch=1, patches=300, width=72, prefix=0)
     summaries = kernels.summaries_forward(states[1:], plan.summary_program, 0, "mean_patch")
     exact = torch.stack([state.double().mean(1) for state in states[1:]], dim=1)
-    assert_as_exact_as(summaries, exact.float(), exact, slack=6)  # sqrt(33) roundings
+    assert_as_exact_as(summaries, exact.float(), exact, slack=6)
+
+
+def test_the_mean_patch_of_an_image_does_not_depend_on_its_batch(kernels, make_states) -> None:
+    plan = FusionPlan.igva(4, 2)
+    states = make_states(plan, batch=3, patches=140, width=40)[1:]
+    together = kernels.summaries_forward(states, plan.summary_program, 1, "mean_patch")
+    for image in range(3):
+        alone = kernels.summaries_forward([state[image : image + 1] for state in states], plan.summary_program, 1, "mean_patch")
+        assert torch.equal(alone[0], together[image])
+
+
+@pytest.mark.parametrize("summary", ["cls", "mean_patch"])
+def test_summaries_are_one_launch_and_nothing_else(kernels, weighted_plan, summary, monkeypatch) -> None:
+    """Of the public function: neither a second kernel nor an operator of torch, but for the allocation."""
+    from igva_kernels import group_summaries
+    from igva_kernels.impl.triton import mix_forward, patch_means
+
+    launches, operators = [], []
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            operators.append(operator)
+            return operator(*arguments, **(options or {}))
+
+    def launch(kernel, grid, *arguments, **constants) -> None:
+        launches.append((kernel, grid))
+
+    for module in (mix_forward, patch_means):
+        monkeypatch.setattr(module, "launch_recorded", launch)
+    states = [torch.randn(2, 8, 40) for _ in range(weighted_plan.num_layers + 1)]
+    group_summaries(states, weighted_plan, num_prefix_tokens=1, summary=summary, impl="triton")
+    assert len(launches) == 1
+    sources = [states[layer] for layer in weighted_plan.summary_sources]
+    with Notes():
+        kernels.summaries_forward(sources, weighted_plan.summary_program, 1, summary)
+    names = {operator._schema.name.removeprefix("aten::") for operator in operators}
+    assert len(launches) == 2 and names <= {"full", "slice", "view", "new_empty", "empty", "fill_"}  # conftest.py, ``guarded``
 
 
 @pytest.mark.parametrize("summary", ["cls", "mean_patch"])
