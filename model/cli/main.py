@@ -16,7 +16,10 @@ from model.cli.errors import explain
 # Name, module with run(argv) -> int | None, one line of help.
 _COMMANDS = (
     ("train", "model.cli.train", "train a model from a recipe"),
+    ("preview", "model.cli.preview", "show samples as a recipe sees them, trained tokens in colour"),
+    ("recipe", "model.cli.recipe", "list recipes, or print one with the documentation of every field"),
     ("ask", "model.cli.ask", "ask a trained model about a picture"),
+    ("chat", "model.cli.chat", "a conversation about pictures in the terminal"),
     ("explain", "model.cli.explain", "which layer groups each instruction uses: table, heat map, JSON"),
     ("evaluate", "model.cli.evaluate", "exact match of a trained model on a LLaVA JSON file"),
     ("embed", "model.cli.embed", "embed the instructions of a LLaVA JSON file ahead of a run"),
