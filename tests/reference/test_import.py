@@ -25,6 +25,23 @@ def test_import_needs_torch_alone(module):
     assert done.stdout.strip() == "[]"
 
 
+def test_import_adds_nothing_to_what_torch_imports():
+    """How long it takes is printed by ``python -m benchmarks --part host``; what it costs is what it imports."""
+    done = run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import igva_kernels\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+        "print(torch.ops.igva.fuse.default, torch.ops.igva.deformable_attention.default)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    modules, operators = (line.split() for line in done.stdout.splitlines())
+    assert {name.partition(".")[0] for name in modules} == {"igva_kernels"}
+    on_first_use = {"modules", "towers", "patch", "impl.cpu", "impl.native", "impl.triton", "impl.deformable_cpu"}
+    assert not on_first_use & {name.removeprefix("igva_kernels.") for name in modules}
+    assert operators == ["igva.fuse.default", "igva.deformable_attention.default"]  # a loaded export looks for them by name
+
+
 def test_fuse_runs_where_triton_cannot_be_imported():
     done = run(
         "import sys; sys.modules['triton'] = None\n"
