@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from igva_kernels import FusionPlan, GroupMeans, Norm, fuse, mix
+from igva_kernels import FusionPlan, GroupMeans, Norm, OutputNorm, SparseWeights, fuse, mix
 from igva_kernels.modules import (
     IGVAFusion,
     MixtureOfLayersRouter,
@@ -47,6 +47,7 @@ class FusionInputs:
         grid: rows and columns of the patches.
         stage: 1 or 2 for fusions with stages, else None.
         instruction_embeds, image_to_sentence: see :meth:`model.modeling.IgvaLlavaModel.get_image_features`.
+        output_norm: the norm that follows, for fusions that take it into their pass; see :attr:`Fusion.takes_output_norm`.
     """
 
     num_prefix_tokens: int
@@ -54,6 +55,7 @@ class FusionInputs:
     stage: int | None = None
     instruction_embeds: Tensor | None = None
     image_to_sentence: Tensor | None = None
+    output_norm: OutputNorm | None = None
 
 
 class Fusion(ABC):
@@ -66,6 +68,7 @@ class Fusion(ABC):
 
     Attributes:
         has_stages: whether there is a plain average (stage 1) beside the learned weights (stage 2).
+        takes_output_norm: whether the fused map leaves one pass over the layers, which can normalise it as well.
         pooled_layers, strip, token_reduction: see :class:`model.image_tokens.ImageTokens`.
 
     Raises:
@@ -73,6 +76,7 @@ class Fusion(ABC):
     """
 
     has_stages: ClassVar[bool] = False
+    takes_output_norm: bool = False
     pooled_layers: int = 0
     strip: int = 8
     token_reduction: int | None = None
@@ -142,11 +146,13 @@ class Fusion(ABC):
 class PlainMix(Fusion):
     """A plan without weights: layers and means beside each other."""
 
+    takes_output_norm = True
+
     def tower_plan(self, stage: int | None = None) -> FusionPlan:
         return self._plan
 
     def __call__(self, module: Any, maps: Maps, inputs: FusionInputs) -> tuple[Tensor, Tensor | None]:
-        return _mix(maps, self._plan, inputs.num_prefix_tokens), None
+        return _mix(maps, self._plan, inputs), None
 
 
 class Llava(PlainMix):
@@ -180,6 +186,7 @@ class Igva(Fusion):
     """Instruction-guided fusion (arXiv 2501.08443), and its plain average in stage 1."""
 
     has_stages = True
+    takes_output_norm = True
 
     @classmethod
     def defaults(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,18 +232,19 @@ class Igva(Fusion):
         return IGVAFusion(self._plan, allocator, summary=self.options["summary"])
 
     def __call__(self, module: Any, maps: Maps, inputs: FusionInputs) -> tuple[Tensor, Tensor | None]:
-        plan, num_prefix_tokens = self.plan(inputs.stage), inputs.num_prefix_tokens
+        plan = self.plan(inputs.stage)
+        common = {"num_prefix_tokens": inputs.num_prefix_tokens, "output_norm": inputs.output_norm}
         if not plan.num_groups:
-            return _mix(maps, plan, num_prefix_tokens), None
+            return _mix(maps, plan, inputs), None
         if inputs.stage == 1:
-            return module(maps, None, num_prefix_tokens=num_prefix_tokens).fused, None
+            return module(maps, None, **common).fused, None
         if inputs.instruction_embeds is None:
             _warn_without_instruction()
         return module(
             maps,
             inputs.instruction_embeds,
-            num_prefix_tokens=num_prefix_tokens,
             image_to_sentence=inputs.image_to_sentence,
+            **common,
         )
 
 
@@ -260,6 +268,7 @@ class DenseConnector(Fusion):
 
     def _make_plan(self) -> FusionPlan:
         options, variant = self.options, self.options["variant"]
+        self.takes_output_norm = variant != "sti"
         self.token_reduction = options.get("token_reduction")
         if variant == "sti":
             self._integration = SparseTokenIntegration(
@@ -283,7 +292,7 @@ class DenseConnector(Fusion):
 
     def __call__(self, module: Any, maps: Maps, inputs: FusionInputs) -> tuple[Tensor, Tensor | None]:
         if not self.pooled_layers:
-            return _mix(maps, self._plan, inputs.num_prefix_tokens), None
+            return _mix(maps, self._plan, inputs), None
         states, num_prefix_tokens = self._states(maps, inputs)
         return self._integration(states, num_prefix_tokens=num_prefix_tokens), None
 
@@ -333,13 +342,15 @@ class Tgif(Fusion):
         text = _text_of_each_image(states, inputs)
         if text is None:
             weights = _equal_weights(states, self._plan)
-            return module.norm(fuse(states, self._plan, weights, num_prefix_tokens=num_prefix_tokens)), weights
+            return module.mix(states, weights, num_prefix_tokens=num_prefix_tokens), weights
         return module(states, text, num_prefix_tokens=num_prefix_tokens)
 
 
 class MixtureOfLayers(Fusion):
     """MoL (arXiv 2610.09440): each token takes the few layers that the text asks for. The weights that it reports are the
     router's probabilities before the top-k, averaged over the tokens."""
+
+    takes_output_norm = True
 
     @classmethod
     def defaults(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,11 +383,20 @@ class MixtureOfLayers(Fusion):
         text = _text_of_each_image(states, inputs)
         if text is None:
             weights = _equal_weights(states, self._plan)
-            return fuse(states, self._plan, weights, num_prefix_tokens=num_prefix_tokens), weights
+            return self._fuse(states, weights, num_prefix_tokens, inputs), weights
         routing = module(states, text, num_prefix_tokens=num_prefix_tokens)
-        fused = fuse(states, self._plan, routing.weights, num_prefix_tokens=num_prefix_tokens)
+        fused = self._fuse(states, routing.weights, num_prefix_tokens, inputs)
         probabilities = routing.probabilities
         return fused, probabilities.mean(dim=1) if probabilities.ndim == 3 else probabilities
+
+    def _fuse(
+        self,
+        states: Sequence[Tensor | None],
+        weights: Tensor | SparseWeights,
+        num_prefix_tokens: int,
+        inputs: FusionInputs,
+    ) -> Tensor:
+        return fuse(states, self._plan, weights, num_prefix_tokens=num_prefix_tokens, output_norm=inputs.output_norm)
 
 
 class LearnedMix(Fusion):
@@ -389,6 +409,8 @@ class LearnedMix(Fusion):
 
 class GlobalScalarMix(LearnedMix):
     """ELMo's scalar mix (arXiv 1802.05365), SUPERB's featurizer with ``scale: false`` (arXiv 2105.01051)."""
+
+    takes_output_norm = True
 
     @classmethod
     def defaults(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,6 +425,10 @@ class GlobalScalarMix(LearnedMix):
 
     def make_module(self) -> nn.Module:
         return ScalarMix(self._plan, scale=self.options["scale"])
+
+    def __call__(self, module: Any, maps: Maps, inputs: FusionInputs) -> tuple[Tensor, Tensor | None]:
+        states, num_prefix_tokens = self._states(maps, inputs)
+        return module(states, num_prefix_tokens=num_prefix_tokens, output_norm=inputs.output_norm), None
 
 
 class VipLlava(LearnedMix):
@@ -509,8 +535,10 @@ def check_stage(stage: int) -> None:
         raise ValueError(f"stage must be 1 (plain average) or 2 (weights of the instruction), got {stage!r}")
 
 
-def _mix(maps: Maps, plan: FusionPlan, num_prefix_tokens: int) -> Tensor:
-    return mix(maps, plan) if isinstance(maps, GroupMeans) else fuse(maps, plan, num_prefix_tokens=num_prefix_tokens)
+def _mix(maps: Maps, plan: FusionPlan, inputs: FusionInputs) -> Tensor:
+    if isinstance(maps, GroupMeans):
+        return mix(maps, plan, output_norm=inputs.output_norm)
+    return fuse(maps, plan, num_prefix_tokens=inputs.num_prefix_tokens, output_norm=inputs.output_norm)
 
 
 def _text_of_each_image(states: Sequence[Tensor | None], inputs: FusionInputs) -> Tensor | None:

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from igva_kernels import FusionPlan
-from igva_kernels.modules import MixtureOfLayersRouter, MMFuserFusion, ScalarMix, reduce_tokens
+from igva_kernels import FusionPlan, OutputNorm
+from igva_kernels.modules import MixtureOfLayersRouter, MMFuserFusion, ScalarMix, output_norm_of, reduce_tokens
 from igva_kernels.towers import selected_hidden_states, stream_group_means, unsupported_reason
 from model.configuration import IgvaLlavaConfig
 from model.cross_entropy import LanguageModelHead
@@ -105,9 +105,14 @@ class IgvaLlavaProjector(nn.Module):
         self.linear_2 = nn.Linear(out_dim, out_dim)
         self.output_norm = nn.LayerNorm(out_dim) if config.projector_output_norm else nn.Identity()
 
-    def forward(self, fused: Tensor) -> Tensor:
-        """(B, N', C) to (B, N', H), in the dtype of the projector."""
-        hidden = self.input_norm(fused.to(self.linear_1.weight.dtype))
+    def forward(self, fused: Tensor, *, normalised: bool = False) -> Tensor:
+        """(B, N', C) to (B, N', H), in the dtype of the projector.
+
+        Args:
+            normalised: the input norm has been applied, by the pass that fused the tokens.
+        """
+        hidden = fused.to(self.linear_1.weight.dtype)
+        hidden = hidden if normalised else self.input_norm(hidden)
         return self.output_norm(self.linear_2(self.act(self.linear_1(hidden))))
 
 
@@ -244,9 +249,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             self.fusion_stage,
             instruction_embeds,
             image_to_sentence,
+            self._norm_of_the_mix(),
         )
         fused, weights = self._method(self.fusion, maps, inputs)
-        tokens = self.multi_modal_projector(self._pool(fused, height, width))
+        of_mix = {} if inputs.output_norm is None else {"normalised": True}
+        tokens = self.multi_modal_projector(self._pool(fused, height, width), **of_mix)
         if self._tokens.token_reduction is not None:
             tokens = reduce_tokens(tokens, self._tokens.pooled_map(height, width), self._tokens.map(height, width))
         return IgvaLlavaImageFeatures(pooler_output=tokens, fusion_weights=weights)
@@ -298,6 +305,16 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         with torch.set_grad_enabled(trains):
             outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **options)
         return outputs.hidden_states
+
+    def _norm_of_the_mix(self) -> OutputNorm | None:
+        """The projector's input norm, where the pass that mixes the layers can apply it and nothing lies between the two."""
+        projector = self.multi_modal_projector
+        if not (self._method.takes_output_norm and isinstance(projector, IgvaLlavaProjector)) or self._tokens.token_pooling:
+            return None
+        norm, dtype = output_norm_of(projector.input_norm), projector.linear_1.weight.dtype
+        if norm is None or norm.weight is None or norm.weight.dtype != dtype:
+            return None
+        return norm if dtype != torch.float64 or self.vision_tower.dtype == dtype else None  # else sums run in float32
 
     def _pool(self, fused: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C) to (B, N', C): the mean of squares of ``token_pooling`` x ``token_pooling`` tokens."""

@@ -17,6 +17,7 @@ from igva_kernels.functional import (
     mix,
 )
 from igva_kernels.modules.allocator import WeightAllocator
+from igva_kernels.output_norm import OutputNorm
 from igva_kernels.plan import FusionPlan
 
 
@@ -67,6 +68,7 @@ class IGVAFusion(nn.Module):
         *,
         num_prefix_tokens: int | None = None,
         image_to_sentence: Tensor | None = None,
+        output_norm: OutputNorm | None = None,
     ) -> IGVAFusionOutput:
         """Fuse the hidden states of a tower, or what a streaming tower has kept of them.
 
@@ -79,6 +81,7 @@ class IGVAFusion(nn.Module):
             num_prefix_tokens: P; needed for hidden states, not read for group means, which have no prefix.
             image_to_sentence: (B,) in int64, the row of ``instruction_embeds`` that each image belongs to: the tiles of one
                 picture, or several pictures of one question, share a sentence. Each is weighed by its own summaries.
+            output_norm: a norm that follows, as for :func:`igva_kernels.fuse`: that of a projector, say.
 
         Raises:
             TypeError: ``image_to_sentence`` is not int64.
@@ -91,7 +94,7 @@ class IGVAFusion(nn.Module):
             if hidden_states.summaries is None:
                 raise ValueError("group_means has no summaries: it is of a plan without weighted groups; reduce with this plan")
             weights = self._weights(hidden_states.summaries, instruction_embeds, image_to_sentence)
-            return IGVAFusionOutput(mix(hidden_states, self.plan, weights, impl=self.impl), weights)
+            return IGVAFusionOutput(mix(hidden_states, self.plan, weights, output_norm=output_norm, impl=self.impl), weights)
         if num_prefix_tokens is None:
             raise ValueError(
                 "num_prefix_tokens is None: hidden states need the number of CLS and register tokens before the patches; "
@@ -101,7 +104,14 @@ class IGVAFusion(nn.Module):
             hidden_states, self.plan, num_prefix_tokens=num_prefix_tokens, summary=self.summary, impl=self.impl
         )
         weights = self._weights(summaries, instruction_embeds, image_to_sentence)
-        fused = fuse(hidden_states, self.plan, weights, num_prefix_tokens=num_prefix_tokens, impl=self.impl)
+        fused = fuse(
+            hidden_states,
+            self.plan,
+            weights,
+            num_prefix_tokens=num_prefix_tokens,
+            output_norm=output_norm,
+            impl=self.impl,
+        )
         return IGVAFusionOutput(fused, weights)
 
     def mix(

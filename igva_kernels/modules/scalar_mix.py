@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.functional import HiddenStates, Implementation, fuse
+from igva_kernels.output_norm import OutputNorm
 from igva_kernels.plan import FusionPlan
 
 
@@ -51,9 +52,16 @@ class ScalarMix(nn.Module):
         weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32)).softmax(0)
         return weights if self.scale is None else weights * self.scale
 
-    def forward(self, hidden_states: HiddenStates, *, num_prefix_tokens: int) -> Tensor:
+    def forward(self, hidden_states: HiddenStates, *, num_prefix_tokens: int, output_norm: OutputNorm | None = None) -> Tensor:
         """(B, N, S*D) in the dtype of the hidden states; arguments and Raises as for :func:`igva_kernels.fuse`."""
-        return fuse(hidden_states, self.plan, self.mixing_weights(), num_prefix_tokens=num_prefix_tokens, impl=self.impl)
+        return fuse(
+            hidden_states,
+            self.plan,
+            self.mixing_weights(),
+            num_prefix_tokens=num_prefix_tokens,
+            output_norm=output_norm,
+            impl=self.impl,
+        )
 
 
 def convert_allennlp_scalar_mix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.functional import HiddenStates, Implementation, fuse
+from igva_kernels.modules.norms import normalised
 from igva_kernels.plan import FusionPlan
 
 
 class TGIFFusionOutput(NamedTuple):
     """Args:
-    fused: (B, N, D) in the dtype of the hidden states.
+    fused: (B, N, D) in the dtype of the norm's parameters.
     weights: (B, L), the weight of each layer for each image, in float32.
     """
 
@@ -27,7 +28,7 @@ class TGIFFusion(nn.Module):
     Parameter names and maths are those of the official ``LayerSelector`` (Linchenchen/TGIF,
     ``llava/model/multimodal_projector/layer_selection.py``), so its state dict loads unchanged; in a checkpoint the entries
     stand under ``mm_projector.layer_selector.``, and the two Linears of the projector under ``mm_projector.mlp.``. The softmax
-    runs in float32 at least. The LayerNorm is torch's own.
+    runs in float32 at least. The LayerNorm is fused with the sum, see :func:`igva_kernels.modules.norms.output_norm_of`.
 
     Args:
         plan: :meth:`FusionPlan.tgif`.
@@ -77,5 +78,18 @@ class TGIFFusion(nn.Module):
             )
         logits = self.layer_weights_projection(text_embeds.to(self.norm.weight.dtype))
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-        fused = fuse(hidden_states, self.plan, weights, num_prefix_tokens=num_prefix_tokens, impl=self.impl)
-        return TGIFFusionOutput(self.norm(fused), weights)
+        return TGIFFusionOutput(self.mix(hidden_states, weights, num_prefix_tokens=num_prefix_tokens), weights)
+
+    def mix(self, hidden_states: HiddenStates, weights: Tensor, *, num_prefix_tokens: int) -> Tensor:
+        """The normalised sum (B, N, D) with given weights (B, L); arguments and Raises as for :func:`igva_kernels.fuse`."""
+        return normalised(
+            self.norm,
+            lambda norm: fuse(
+                hidden_states,
+                self.plan,
+                weights,
+                num_prefix_tokens=num_prefix_tokens,
+                output_norm=norm,
+                impl=self.impl,
+            ),
+        )

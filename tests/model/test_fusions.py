@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, SiglipVisionConfig
 
+from igva_kernels import functional
 from model import IgvaLlavaConfig
 from model.fusions import FUSIONS, complete_options, takes_text
 
@@ -100,6 +101,53 @@ def test_layer_by_layer_it_gives_the_bits_of_the_tuple(case, make_model, make_ba
         features.append(model.get_image_features(inputs["pixel_values"], inputs["instruction_embeds"]))
         torch.manual_seed(0)
     assert torch.equal(features[0].pooler_output, features[1].pooler_output)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_norm_before_the_projector_is_part_of_the_pass(case, streaming, make_model, make_batch, monkeypatch):
+    """As the norm on its own, with gradients; a hook on it, or pooling in between, and it runs on its own."""
+    fusion, _, _ = case
+    model = randomize(make_model(fusion={**fusion, "streaming": streaming}, projector_input_norm=True))
+    model.model.vision_tower.requires_grad_(False)
+    norm = model.model.multi_modal_projector.input_norm
+    with torch.no_grad():
+        norm.weight.add_(0.1 * torch.randn_like(norm.weight))
+        norm.bias.add_(0.1 * torch.randn_like(norm.bias))
+    parameters = [norm.weight, norm.bias, *(model.model.fusion or torch.nn.Identity()).parameters()]
+    inputs, calls = make_batch(model, length=24), []
+    monkeypatch.setattr(functional, "_fuse_normalised", counted(functional._fuse_normalised, calls))
+
+    def run():
+        calls.clear()
+        features = model.get_image_features(inputs["pixel_values"], inputs["instruction_embeds"]).pooler_output
+        return features.detach(), torch.autograd.grad(features.square().mean(), parameters, allow_unused=True)
+
+    own_norm = fusion["type"] in ("tgif", "vip_llava")
+    apart = fusion["type"] in ("mmfuser", "multi_layer_sum") or fusion.get("variant") == "sti"
+    features, grads = run()
+    assert bool(calls) == (own_norm or not apart)
+    with norm.register_forward_hook(lambda *_: calls.append("hook")):
+        expected, expected_grads = run()
+        assert "hook" in calls
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_pooling_comes_before_the_norm(make_model, make_batch, monkeypatch):
+    model = make_model(fusion={"type": "llava"}, projector_input_norm=True, token_pooling=2)
+    inputs, calls = make_batch(model, length=24), []
+    monkeypatch.setattr(functional, "_fuse_normalised", counted(functional._fuse_normalised, calls))
+    assert model.get_image_features(inputs["pixel_values"]).pooler_output.shape[1] == 1
+    assert not calls
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append("fused")
+        return function(*arguments)
+
+    return call
 
 
 def test_only_what_reads_the_instruction_depends_on_it(case, make_model, make_batch):
