@@ -14,7 +14,7 @@ from .context import Context
 from .machine import describe
 from .record import Recorder
 
-PARTS = ("tests", "kernels", "family", "host", "vision", "training")
+PARTS = ("tests", "kernels", "family", "host", "vision", "training", "training_step")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 BUDGET_S = 400.0

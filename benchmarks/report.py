@@ -153,6 +153,24 @@ STEP: dict[str, Cell] = {
 }
 
 
+RUN: dict[str, Cell] = {"model": _parameter("model"), "stage": _parameter("stage")}
+FASTER = _metric("times_faster_than_before", "{:.3f}")
+FASTER_IN_ALL = _metric("times_faster_than_recipe", "{:.2f}")
+LOOP: dict[str, Cell] = {
+    "s per step (20 % – 80 %)": lambda case: "{median_s:.3f} ({low_s:.3f} – {high_s:.3f})".format(**case["metrics"]),
+    "tokens/s": _metric("tokens_per_s", "{:,.0f}"),
+    "TFLOP/s": _metric("tflops_per_s", "{:.3g}"),
+    "of the card": _metric("share_of_peak", "{:.1%}"),
+    "padding": _metric("padding_share", "{:.1%}"),
+    "peak GB": _metric("peak_bytes", "{:.3f}", 1e-9),
+}
+
+
+def _milliseconds(case: dict) -> str:
+    median, low, high = (1e3 * case["metrics"][name] for name in ("median_s", "low_s", "high_s"))
+    return f"{median:,.1f} ({low:,.1f} – {high:,.1f})"
+
+
 def _operation(name: str) -> Callable[[dict], bool]:
     return lambda case: case["parameters"].get("operation", "").startswith(name)
 
@@ -195,6 +213,30 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
     ),
     ("replay of a CUDA graph", _operation("CUDA graph"), {"of": lambda case: case["name"].split()[0]} | CASE | TIMES),
     ("training step", lambda case: "setup" in case["parameters"], STEP),
+    (
+        "training step, part by part",
+        lambda case: "line" in case["parameters"],
+        RUN
+        | {"": _parameter("line"), "gain of": _parameter("part"), "× line before": FASTER, "× recipe": FASTER_IN_ALL}
+        | LOOP,
+    ),
+    (
+        "what the loop gives and what the kernels give",
+        lambda case: "apart" in case["parameters"],
+        RUN | {"": _parameter("apart"), "times faster": _metric("times_faster", "{:.3f}")},
+    ),
+    (
+        "the language model's layers, on top of all parts",
+        lambda case: "switch" in case["parameters"],
+        RUN | {"": _parameter("switch"), "× without": FASTER} | LOOP,
+    ),
+    (
+        "head and loss alone",
+        lambda case: "loss" in case["parameters"],
+        {"": _parameter("loss")}
+        | {name: _parameter(name) for name in ("positions", "labelled", "width", "vocabulary")}
+        | {"ms (20 % – 80 %)": _milliseconds, "peak MB": _metric("peak_bytes", "{:,.0f}", 1e-6)},
+    ),
     (
         "tests",
         lambda case: "passed" in case["metrics"],

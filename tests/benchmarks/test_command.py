@@ -50,6 +50,12 @@ TITLES = {
     "host": ("host",),
     "vision": ("vision side: tower, fusion, projector",),
     "training": ("training step",),
+    "training_step": (
+        "training step, part by part",
+        "what the loop gives and what the kernels give",
+        "the language model's layers, on top of all parts",
+        "head and loss alone",
+    ),
 }
 """Tables of the report, by part."""
 
@@ -72,6 +78,10 @@ def test_every_part_runs_without_extras(part: str, tmp_path: Path, capsys: pytes
         igva, llava = (case["metrics"] for case in document["cases"])
         assert igva["fusion_share"] > 0 and "fusion_share" not in llava
         assert igva["trained_parameters"] < igva["parameters"]  # the tower is frozen
+    if part == "training_step":
+        lines = [case for case in document["cases"] if "line" in case["parameters"]]
+        assert {case["parameters"]["part"] for case in lines} == {"recipe", "loop", "kernels"}
+        assert all(case["metrics"]["tokens_per_s"] > 0 and case["metrics"]["peak_bytes"] > 0 for case in lines)
 
     assert report([str(out)]) == 0
     text = capsys.readouterr().out
