@@ -13,6 +13,10 @@ Result cuGetErrorString(Result error, const char **text) {
   *text = "the stand-in knows no errors";
   return 0;
 }
+Result cuDriverGetVersion(int *version) {
+  *version = 12080;
+  return 0;
+}
 Result cuDeviceGet(int *device, int ordinal) {
   *device = ordinal;
   return 0;
@@ -23,6 +27,14 @@ Result cuDevicePrimaryCtxRetain(void **current, int device) {
 }
 Result cuCtxGetCurrent(void **current) {
   *current = &context;
+  return 0;
+}
+Result cuCtxGetDevice(int *device) {
+  *device = 0;
+  return 0;
+}
+Result cuStreamIsCapturing(void *stream, int *status) {
+  *status = 0;
   return 0;
 }
 Result cuCtxSetCurrent(void *current) { return 0; }
@@ -54,6 +66,7 @@ Result cuModuleLoadData(void **loaded, const void *image) {
   *loaded = &module;
   return 0;
 }
+Result cuModuleUnload(void *loaded) { return 0; }
 Result cuModuleGetFunction(void **found, void *loaded, const char *name) {
   *found = &function;
   return 0;
