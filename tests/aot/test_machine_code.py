@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from igva_kernels.output_norm import OutputNorm
 from igva_kernels.plan import FusionPlan, Mean, Weighted
 from igva_kernels.program import Norm
 
@@ -24,6 +25,7 @@ CHOSEN = 4  # layers that a token names, of sparse weights
 IGVA = FusionPlan.igva(num_layers=24, num_groups=4)  # 24 sources, 5 gradient classes: the penultimate layer is its own
 LAYERS = tuple((layer,) for layer in range(1, 25))
 TGIF = FusionPlan(24, (Weighted(LAYERS, plus=-2),))  # 24 groups of one layer, and one that is added as it is
+VIP_LLAVA = FusionPlan.vip_llava(24)
 NORMALISED = FusionPlan(24, (Mean(tuple(range(1, 25)), norm=Norm("layer")),))
 
 
@@ -73,6 +75,14 @@ def _backward(kernels: Any, t: dict[str, Any], *, dw: bool, dh: bool, means: boo
         needs_states=dh,
         indices=indices,
     )
+
+
+def _normalised_output(
+    kernels: Any, t: dict[str, Any], weights: str = "weights", means: bool = False, mixed: bool = False
+) -> None:
+    indices = t["indices"] if weights == "values" else None
+    norm, own = OutputNorm(t["channels"], t["channels"]), t[weights] if t["plan"].num_groups else None
+    kernels.normalised_forward(t["states"], own, norm, t["plan"].program, PREFIX, means, mixed, indices=indices)
 
 
 def _normalised_backward(kernels: Any, t: dict[str, Any]) -> None:
@@ -153,6 +163,21 @@ CASES = {
     "sparse groups, forward": Case(lambda k, t: _forward(k, t, "values"), reads=24, writes=2, scalars=2 * CHOSEN),
     "normalised, forward": Case(lambda k, t: _forward(k, t, None), reads=24, writes=1, plan=NORMALISED),
     "normalised, dh": Case(_normalised_backward, reads=1 + 24, writes=24, plan=NORMALISED),
+    # the parameters of the norm are S maps each; mean and 1/deviation of a row are scalars
+    "layers, norm behind": Case(_normalised_output, reads=24 + 2, writes=1, scalars=24, plan=TGIF),
+    "layers, norm behind, for training": Case(
+        lambda k, t: _normalised_output(k, t, mixed=True), reads=24 + 2, writes=2, sums=2, scalars=24, plan=TGIF
+    ),
+    "copies, norm behind": Case(_normalised_output, reads=5 + 10, writes=5, plan=VIP_LLAVA),
+    "copies, norm behind, for training": Case(
+        lambda k, t: _normalised_output(k, t, mixed=True), reads=5 + 10, writes=5 + 5, sums=2, plan=VIP_LLAVA
+    ),
+    "groups, norm behind, means saved": Case(
+        lambda k, t: _normalised_output(k, t, means=True, mixed=True), reads=24 + 4, writes=2 + 2 + 4, sums=2, scalars=4
+    ),
+    "sparse, norm behind": Case(
+        lambda k, t: _normalised_output(k, t, "values"), reads=CHOSEN + 1 + 2, writes=1, scalars=2 * CHOSEN, plan=TGIF
+    ),
     "cls summaries": Case(lambda k, t: _summaries(k, t, "cls"), reads=24, writes=4),
     "cls summaries, backward": Case(lambda k, t: _summaries_backward(k, t, "cls"), reads=4, writes=4),
     # a loop over the patches; what is left of them is one column a thread, and a store for each group
@@ -170,6 +195,7 @@ MATRIX = [
     *(pytest.param(case, target, torch.bfloat16, 1024, marks=pytest.mark.slow) for case in CASES for target in SLOW_TARGETS),
     *((case, "sm_90", torch.float32, 1024) for case in BROAD),
     *((case, "sm_90", torch.bfloat16, 1152) for case in (*BROAD, "forward, weights per token", "sparse, forward")),
+    *(("copies, norm behind, for training", "sm_90", *other) for other in ((torch.float32, 1024), (torch.bfloat16, 1152))),
     *((case, "sm_90", torch.float16, 1024) for case in ("forward", "dw from means")),
 ]
 
@@ -193,6 +219,7 @@ def tensors(
             *(torch.empty(batch, patches, width) for _ in plan.program.groups),
             *(torch.empty(batch, tokens, width, dtype=dtype)[:, PREFIX:] for _ in plan.program.copied_sources),
         ],
+        "channels": torch.empty(plan.num_slots * width, dtype=dtype),
         "grad": torch.empty(batch, patches, plan.num_slots * width, dtype=dtype),
         "grad_summaries": torch.empty(batch, columns, width, dtype=dtype),
     }
@@ -202,9 +229,9 @@ def tensors(
 def record(machine_code) -> Callable[..., Any]:
     """The launch of a case, recorded instead of executed."""
     import igva_kernels.impl.triton as kernels
-    from igva_kernels.impl.triton import mix_backward, mix_forward, patch_means, row_backward, row_forward
+    from igva_kernels.impl.triton import mix_backward, mix_forward, norm_forward, patch_means, row_backward, row_forward
 
-    modules = (mix_forward, mix_backward, row_forward, row_backward, patch_means)
+    modules = (mix_forward, mix_backward, row_forward, row_backward, norm_forward, patch_means)
 
     def record(case: str, target: str, inputs: dict[str, Any]) -> Any:
         warp = machine_code.TARGETS[target].warp_size
