@@ -11,7 +11,7 @@ PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest fuzz slow wheel-test quickstart \
-        compare benchmark gpu clean
+        kill-test compare benchmark gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,10 @@ fuzz: install  ## N random cases (10000) through the CPU paths, and a tenth of t
 slow: install wheel-test  ## the slow tier: long commands with --smoke, and the wheel
 	$(PYTEST) $(PARALLEL) -m slow tests/aot
 	$(RUN) -m pytest -q -m slow --ignore tests/aot tests
+
+KILLS ?= 100
+kill-test: install  ## kill a training run KILLS times (100) at random moments: nothing is lost
+	KILLS=$(KILLS) $(PYTEST) -m slow tests/model/training/test_kill.py
 
 wheel-test: install  ## build the wheel and run the library's tests on its installed form from an empty folder
 	rm -rf build/wheel && mkdir -p build/wheel/empty

@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 TRAIN = ["accelerate>=1.10", "peft>=0.18", "tensorboard>=2.15", "sentence-transformers>=5.2"]
+# Keeps buffers, such as the frequencies of rotary positions, in fp32 while it converts the weights to bf16.
+DEEPSPEED = ["deepspeed>=0.19.8"]
 QUICKSTART = ["gguf>=0.19", "onnx>=1.18", "scikit-learn>=1.5", "matplotlib>=3.9"]
 
 setup(
@@ -20,7 +22,7 @@ setup(
     packages=find_packages(include=["igva_kernels", "igva_kernels.*", "model", "model.*"]),
     package_data={
         "igva_kernels": ["impl/native/*.[ch]"],
-        "model": ["recipes/*.yaml", "quickstart/requirements.txt", "quickstart/sprites/*"],
+        "model": ["recipes/*.yaml", "recipes/*.json", "quickstart/requirements.txt", "quickstart/sprites/*"],
     },
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
@@ -29,12 +31,13 @@ setup(
         "model": ["transformers>=5.10,<6", "pillow", "safetensors", "jsonargparse[signatures]>=4.49", "rich>=13", "pyyaml"],
         "train": ["igva-kernels[model]", *TRAIN],
         "quickstart": ["igva-kernels[train]", *QUICKSTART],
-        "deepspeed": ["deepspeed>=0.17"],
+        "deepspeed": DEEPSPEED,
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.5"],
         "dev": [
             "igva-kernels[quickstart]",
             *TRITON,
+            *DEEPSPEED,
             "numpy<2.4",  # Triton 3.6's interpreter breaks on newer ones (triton#9171)
             "pytest>=8",
             "pytest-benchmark>=5",

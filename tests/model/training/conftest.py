@@ -121,6 +121,16 @@ def make_recipe(new_model: dict[str, Any], data_file: Path, tmp_path: Path) -> C
 
 
 @pytest.fixture(scope="session")
+def make_recipe_in(new_model: dict[str, Any], data_file: Path) -> Callable[[Path], Callable[..., TrainRecipe]]:
+    """``make_recipe_in(folder)(stage, **fields)``: new models, for fixtures that outlive a test."""
+
+    def make_in(folder: Path) -> Callable[..., TrainRecipe]:
+        return lambda stage, **fields: tiny_recipe(stage, folder, new_model, {"path": str(data_file)}, **fields)
+
+    return make_in
+
+
+@pytest.fixture(scope="session")
 def stage1_checkpoint(new_model: dict[str, Any], data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of stage 1 saved."""
     recipe = tiny_recipe(1, tmp_path_factory.mktemp("runs"), new_model, {"path": str(data_file)})

@@ -232,9 +232,9 @@ def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(make_re
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_failed_writes_of_all_libraries_become_one_error(error, tmp_path):
-    with pytest.raises(OSError, match="could not save it .*no checkpoint had been saved before"):
-        with telling_what_is_safe("it", tmp_path / "not" / "there", None):
-            raise error
+    message = r"could not save it .*no checkpoint had been saved before"
+    with pytest.raises(OSError, match=message), telling_what_is_safe("it", tmp_path / "not" / "there", None):
+        raise error
 
 
 def test_an_error_that_is_no_failed_write_stays_as_it_is(tmp_path):
