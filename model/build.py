@@ -201,6 +201,11 @@ def tokenizer_with_image_token(language_model: str | Path) -> Any:
     return tokenizer
 
 
+def padded_vocabulary(num_tokens: int) -> int:
+    """Rows of the embeddings that grow to hold ``num_tokens``."""
+    return -(-num_tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
 def _default_template(tokenizer: Any, chat_template: str | None) -> str:
     if chat_template is not None:
         return CHAT_TEMPLATES.get(chat_template, chat_template)

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.training.recipe import load_recipe, recipe_parser
+from model.training.recipe import TrainRecipe, load_recipe, recipe_parser
 
 _EXAMPLES = """examples:
   igva train recipe.yaml
   igva train igva-7b-stage1 --data.path=blip_laion_cc_sbu_558k.json --data.image_folder=images
   igva train igva-7b-stage2 --model.checkpoint=runs/igva-7b-stage1 --language_model_training=lora --learning_rate=2e-4
   igva train recipe.yaml --smoke
+  igva train igva-7b-stage2 --data.path=data.json --dry_run --num_processes=8
 """
 
 SHIPPED_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a recipe that is shipped")
     parser.add_argument("--smoke", action="store_true", help="the same run cut to ten steps, into OUTPUT_DIR-smoke")
+    parser.add_argument("--dry_run", action="store_true", help="check the recipe and its data without loading a weight")
+    parser.add_argument("--num_processes", type=int, default=1, help="with --dry_run: processes of the run (default: 1)")
     parser.add_argument("-h", "--help", action="store_true", help="show this and every field of a recipe")
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.help:
@@ -41,11 +44,33 @@ def main(argv: Sequence[str]) -> int:
     if arguments.smoke:
         overrides.append("--smoke=true")
     recipe = load_recipe(find_recipe(arguments.recipe), overrides)
+    if arguments.num_processes < 1:
+        parser.error(f"--num_processes must be at least 1, got {arguments.num_processes}")
+    if arguments.dry_run:
+        return _dry_run(recipe, arguments.num_processes)
 
     from model.training.run import train  # after the recipe is known to be right: the import takes seconds
 
     train(recipe)
     return 0
+
+
+def _dry_run(recipe: TrainRecipe, num_processes: int) -> int:
+    from rich.console import Console
+
+    from model.training.dry_run import dry_run
+
+    found = dry_run(recipe, num_processes, {name: SHIPPED_RECIPES / f"{name}.yaml" for name in shipped_recipes()})
+    console = Console()
+    for table in found.tables():
+        console.print(table)
+    for text in found.notes:
+        console.print(f"note: {text}", markup=False, highlight=False)
+    for text in found.obstacles:
+        console.print(f"obstacle: {text}", markup=False, highlight=False, style="bold red")
+    if not found.obstacles:
+        console.print("nothing found that would stop this run", highlight=False)
+    return 1 if found.obstacles else 0
 
 
 def shipped_recipes() -> list[str]:

@@ -99,6 +99,16 @@ class LlavaDataset(Dataset):
             for sample in self.samples
         ]
 
+    def view_counts(self, sample: Sample) -> list[int]:
+        """How many images of the tower each picture of a sample becomes."""
+        return view_counts(sample, self.processor, self.aspect_ratio, self.anyres_grids, max_pixels=self.max_image_pixels)
+
+    def tokenized(self, sample: Sample) -> dict[str, list[int]]:
+        """The tokens of a sample before any are cut off; see ``tokenize_conversation`` of the processor."""
+        return self.processor.tokenize_conversation(
+            messages(sample), chat_template=self.chat_template, view_counts=self.view_counts(sample)
+        )
+
     def _item(self, sample: Sample) -> dict[str, Any]:
         item: dict[str, Any] = self._tokens(sample)
         if sample.images:
@@ -114,8 +124,8 @@ class LlavaDataset(Dataset):
         return {"input_ids": input_ids, "labels": torch.full((2,), IGNORE_INDEX)}
 
     def _tokens(self, sample: Sample) -> dict[str, Tensor]:
-        counts = view_counts(sample, self.processor, self.aspect_ratio, self.anyres_grids, max_pixels=self.max_image_pixels)
-        encoded = self.processor.tokenize_conversation(messages(sample), chat_template=self.chat_template, view_counts=counts)
+        counts = self.view_counts(sample)
+        encoded = self.tokenized(sample)
         input_ids = torch.tensor(encoded["input_ids"])
         learned = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
         self._check_image_tokens(sum(counts), input_ids)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+from model.data.batches import StepBatchSampler
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import Sample, read_llava_json
 from model.data.problems import Problems
@@ -54,19 +57,65 @@ def load_data(
         embed = InstructionStore(file, fingerprint=fingerprint, policy=source.instruction_policy).embed
 
     def dataset(samples: list[Sample]) -> LlavaDataset:
-        return LlavaDataset(
-            samples,
-            processor,
-            embed=embed,
-            aspect_ratio=source.aspect_ratio,
-            anyres_grids=source.anyres_grids,
-            chat_template=chat_template(source.chat_template),
-            max_length=source.max_length,
-            max_image_pixels=source.max_image_pixels,
-            problems=problems,
-        )
+        return _dataset(samples, processor, source, embed, problems)
 
     return dataset(samples), dataset(held_out) if held_out else None
+
+
+def plain_dataset(
+    recipe: TrainRecipe, processor: IgvaLlavaProcessor, samples: list[Sample] | None = None
+) -> tuple[LlavaDataset, Problems]:
+    """The data to train on without instruction embeddings, for looking at, and the records that cannot be used.
+
+    Records that cannot be used are left out and listed, whatever the recipe says; a damaged image raises when it is read.
+
+    Args:
+        recipe: names the data and says how they are prepared.
+        processor: tokenizes and normalises.
+        samples: those of the recipe's data, where they are read already.
+    """
+    problems = Problems("skip")
+    if samples is None:
+        samples = read_llava_json(recipe.data.path, recipe.data.image_folder, problems)
+    keep_settings(processor, recipe.data)
+    return _dataset(samples, processor, recipe.data, None, Problems()), problems
+
+
+def _dataset(
+    samples: list[Sample],
+    processor: IgvaLlavaProcessor,
+    source: DataSource,
+    embed: Callable[[Sequence[Sequence[str]]], Tensor] | None,
+    problems: Problems,
+) -> LlavaDataset:
+    return LlavaDataset(
+        samples,
+        processor,
+        embed=embed,
+        aspect_ratio=source.aspect_ratio,
+        anyres_grids=source.anyres_grids,
+        chat_template=chat_template(source.chat_template),
+        max_length=source.max_length,
+        max_image_pixels=source.max_image_pixels,
+        problems=problems,
+    )
+
+
+def step_batches(
+    recipe: TrainRecipe, samples: Sequence[Sample], lengths: Sequence[int], *, rank: int, num_ranks: int
+) -> StepBatchSampler:
+    """Which samples share a step and a forward pass, for one of ``num_ranks`` processes; ``lengths`` in tokens, in about."""
+    return StepBatchSampler(
+        lengths,
+        [bool(sample.images) for sample in samples],
+        batch_size=recipe.accumulation_steps(num_ranks) * recipe.micro_batch_size * num_ranks,
+        micro_batch_size=recipe.micro_batch_size,
+        packing=recipe.data.packing,
+        grouping=recipe.data.grouping,
+        seed=recipe.seed,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
 
 
 def keep_settings(processor: IgvaLlavaProcessor, source: DataSource) -> None:

@@ -16,30 +16,28 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console, RenderableType
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, set_seed
 
 from model.attention import choose_attention
-from model.build import build_model, build_processor
 from model.data.batches import StepBatchSampler
 from model.data.collator import ImageTextCollator, PackingCollator
 from model.data.dataset import LlavaDataset
 from model.data.problems import Problems
-from model.fusions import takes_text
-from model.instruction import SentenceEncoder
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
-from model.training.callbacks import JsonlLog, StatusLine
+from model.training.callbacks import JsonlLog, StatusLine, keep_tensorboard
 from model.training.checkpoints import RunIdentity, telling_what_is_safe
-from model.training.data import load_data
+from model.training.data import load_data, step_batches
 from model.training.distributed import distributed_arguments, gathered_state, start_processes
-from model.training.folders import RunFolders, require_checkpoint
+from model.training.folders import RunFolders
 from model.training.freeze import apply_stage
 from model.training.layers import prepare_layers
 from model.training.lora import add_lora, has_lora, merged_state, save_adapters
 from model.training.meter import peak_memory_gb
+from model.training.parts import load_parts
 from model.training.precision import choose_precision, hold_frozen_weights
-from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe
+from model.training.recipe import SMOKE_STEPS, TrainRecipe
 from model.training.trainer import IgvaTrainer
 
 
@@ -118,6 +116,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         identity=identity,
     )
     trainer.remove_callback(PrinterCallback)
+    keep_tensorboard(trainer.callback_handler.callbacks, folders.tensorboard)
     outcome = trainer.train(resume_from_checkpoint=resume_from)
     eval_loss = _held_out_loss(trainer) if eval_data else None
     left_out = report_problems(trainer, problems)
@@ -151,39 +150,6 @@ def say(message: RenderableType) -> None:
         Console(stderr=True).print(message)
 
 
-def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
-    """The model in fp32 and its processor, from a checkpoint or from parts."""
-    encoder = SentenceEncoder(source.sentence_encoder) if source.sentence_encoder else None
-    if source.checkpoint is not None:
-        require_checkpoint(source.checkpoint)
-        model = AutoModelForImageTextToText.from_pretrained(source.checkpoint, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(source.checkpoint)
-        if encoder is not None:
-            processor.sentence_encoder = encoder
-    else:
-        if source.vision_tower is None or source.language_model is None:
-            raise ValueError("a new model needs model.vision_tower and model.language_model; or give model.checkpoint")
-        fusion = dict(source.fusion or {"type": "igva"})
-        if encoder is not None and takes_text(fusion):
-            fusion.setdefault("text_dim", encoder.dimension)
-        model = build_model(
-            source.vision_tower,
-            source.language_model,
-            fusion=fusion,
-            token_pooling=source.token_pooling,
-            projector_input_norm=source.projector_input_norm,
-            projector_output_norm=source.projector_output_norm,
-            image_size=source.image_size,
-        )
-        processor = build_processor(source.vision_tower, source.language_model, model.config, sentence_encoder=encoder)
-    _check_encoder(model, processor)
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token is None:
-        # Llama's has none. Padding is masked in attention and loss, so any token serves.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return model, processor
-
-
 def prepare_language_model(model: IgvaLlavaForConditionalGeneration, recipe: TrainRecipe, precision: str) -> None:
     """Set the attention of the run and hold what does not learn as the recipe says."""
     device = process_state().device
@@ -200,17 +166,8 @@ def prepare_language_model(model: IgvaLlavaForConditionalGeneration, recipe: Tra
 def deal_batches(recipe: TrainRecipe, data: LlavaDataset) -> StepBatchSampler:
     """Which samples share a step and a forward pass, for this rank."""
     ranks = process_state()
-    return StepBatchSampler(
-        data.estimated_lengths(),
-        [bool(sample.images) for sample in data.samples],
-        batch_size=recipe.accumulation_steps(ranks.num_processes) * recipe.micro_batch_size * ranks.num_processes,
-        micro_batch_size=recipe.micro_batch_size,
-        packing=recipe.data.packing,
-        grouping=recipe.data.grouping,
-        seed=recipe.seed,
-        rank=ranks.process_index,
-        num_ranks=ranks.num_processes,
-    )
+    lengths = data.estimated_lengths()
+    return step_batches(recipe, data.samples, lengths, rank=ranks.process_index, num_ranks=ranks.num_processes)
 
 
 def checkpoint_sizes(model: IgvaLlavaForConditionalGeneration, saves_steps: bool) -> tuple[int, int]:
@@ -310,6 +267,8 @@ def save_checkpoint(
         for file in (folders.log, folders.problems):
             if file.is_file():
                 shutil.copy(file, folders.records / file.name)
+        if folders.tensorboard.is_dir():
+            shutil.copytree(folders.tensorboard, folders.records / folders.tensorboard.name)
         folders.publish()
 
 
@@ -319,12 +278,3 @@ def _held_out_loss(trainer: IgvaTrainer) -> float:
     if newest is None or newest["step"] != trainer.state.global_step:
         newest = trainer.evaluate()
     return newest["eval_loss"]
-
-
-def _check_encoder(model: IgvaLlavaForConditionalGeneration, processor: IgvaLlavaProcessor) -> None:
-    expected, encoder = model.config.fusion.get("text_dim"), processor.sentence_encoder
-    if encoder is not None and expected not in (None, encoder.dimension):
-        raise ValueError(
-            f"model.sentence_encoder gives {encoder.dimension} numbers a sentence, but the checkpoint's allocator takes "
-            f"{expected}; use the encoder that it was built with"
-        )

@@ -15,10 +15,8 @@ from model.data.batches import HeldOutBatchSampler, StepBatchSampler
 from model.loss import IGNORE_INDEX
 from model.training.flops import StepFlops, peak_of_run
 from model.training.meter import StepMeter
+from model.training.parameter_groups import ALLOCATOR, PROJECTOR, parameter_groups
 from model.training.saving import CheckpointingTrainer
-
-_PROJECTOR = "model.multi_modal_projector."
-_ALLOCATOR = "model.fusion."
 
 
 class IgvaTrainer(CheckpointingTrainer):
@@ -48,7 +46,7 @@ class IgvaTrainer(CheckpointingTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._batches = batches
-        self._learning_rates = {_PROJECTOR: projector_learning_rate, _ALLOCATOR: allocator_learning_rate}
+        self._learning_rates = {PROJECTOR: projector_learning_rate, ALLOCATOR: allocator_learning_rate}
         whole = self.accelerator.unwrap_model(self.model)
         self._config, self._flops = whole.config, StepFlops.of(whole)
         self._peak_flops = peak_of_run(self.args.device, "bf16" if self.args.bf16 else "fp32")
@@ -67,7 +65,14 @@ class IgvaTrainer(CheckpointingTrainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(self._parameter_groups(model), **settings)
+            groups = parameter_groups(
+                model,
+                set(self.get_decay_parameter_names(model)),
+                learning_rate=self.args.learning_rate,
+                part_learning_rates=self._learning_rates,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def compute_loss(
@@ -154,22 +159,6 @@ class IgvaTrainer(CheckpointingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             total = model(**inputs, num_items_in_batch=1).cross_entropy
         return self._held_out.add(total, inputs["labels"]), None, None
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                key = (self._learning_rate(name), self.args.weight_decay if name in decayed else 0.0)
-                groups.setdefault(key, []).append(parameter)
-        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
-
-    def _learning_rate(self, name: str) -> float:
-        for part, learning_rate in self._learning_rates.items():
-            # "in": a wrapper such as DistributedDataParallel puts a prefix before the name.
-            if part in name and learning_rate is not None:
-                return learning_rate
-        return self.args.learning_rate
 
 
 class _HeldOutLoss:
