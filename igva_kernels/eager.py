@@ -22,6 +22,10 @@ from igva_kernels.program import MixProgram
 from igva_kernels.quick import Found, Signatures, signature_of
 
 _requires_grad = attrgetter("requires_grad")
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -36,11 +40,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_watched() -> bool:
     """Whether somebody records, transforms or fakes what is done to tensors, whichever they are."""
-    return bool(
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or _num_dispatch_modes() > 0
+        or _innermost_transform() is not None
+        or _tracing_state() is not None
     )
 
 

@@ -26,6 +26,8 @@ TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 """Private to torch; without it each call takes the long way."""
 
 _address_of = Tensor.data_ptr
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 
 ALIGNMENT = 16
 """Bytes. Recorded kernels make accesses of this width."""
@@ -91,14 +93,14 @@ def _with_weights(states: Sequence[Tensor], weights: Tensor | None) -> tuple[Seq
         return states, False
     if not weights.requires_grad:
         return (*states, weights), False
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         return (*states, weights), True
     # Without grad mode nobody listens, and guards made of a tensor that requires a gradient would never hold.
     return (*states, weights.detach()), False
 
 
 def _key(tensors: Sequence[Tensor], learns: bool, options: tuple) -> tuple:
-    return options, tensors[0].shape, len(tensors), learns, torch.is_inference_mode_enabled()
+    return options, tensors[0].shape, len(tensors), learns, _is_inference()
 
 
 class Signatures:
