@@ -30,6 +30,25 @@ GRAD_LAYOUTS = (
 
 
 @dataclass(frozen=True)
+class NormBehind:
+    """A norm behind the mix.
+
+    Args:
+        kind, eps: as of :class:`igva_kernels.OutputNorm`.
+        weight, bias: whether there are any.
+        wide: whether these are in the accumulation dtype, and so is the output.
+        needs: whether they need a gradient.
+    """
+
+    kind: str
+    eps: float
+    weight: bool
+    bias: bool
+    wide: bool
+    needs: bool
+
+
+@dataclass(frozen=True)
 class Case:
     """One call of the library.
 
@@ -43,6 +62,7 @@ class Case:
         layouts: how each state that is read lies in memory; None: all L + 1 are one stacked tensor.
         unread: what stands for a layer that is not read: None, or a tensor of NaN.
         grad_layout: one of :data:`GRAD_LAYOUTS`.
+        norm: behind the mix, or None.
         weights_need, states_need: what needs a gradient. A stacked tensor needs one if any of its layers does.
         seed: of the values.
     """
@@ -59,6 +79,7 @@ class Case:
     layouts: tuple[str, ...] | None
     unread: str
     grad_layout: str
+    norm: NormBehind | None
     weights_need: bool
     states_need: tuple[bool, ...]
     seed: int
@@ -66,6 +87,17 @@ class Case:
     @property
     def tokens(self) -> int:
         return self.prefix + self.patches
+
+    @property
+    def norm_needs(self) -> bool:
+        """Whether a parameter of the norm behind the mix needs a gradient."""
+        return self.norm is not None and self.norm.needs and (self.norm.weight or self.norm.bias)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        if self.norm is None or not self.norm.wide or not (self.norm.weight or self.norm.bias):
+            return self.dtype
+        return torch.promote_types(self.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -81,7 +113,7 @@ class Limits:
         max_image_bytes: largest N*D of one image, in bytes.
         max_rows: largest B*T where each row is a program of its own (weights per token, norms); None: as many as come.
         sharings: the forms of the weights.
-        norms: whether groups may be normalised.
+        norms: whether groups may be normalised, and the output.
         truncates: whether a store to bfloat16 cuts bits off instead of rounding, as Triton's interpreter does.
     """
 
@@ -123,13 +155,23 @@ def plans(draw: st.DrawFn, limits: Limits) -> FusionPlan:
 
 
 @st.composite
+def norms_behind(draw: st.DrawFn) -> NormBehind:
+    kind = draw(st.sampled_from(("layer", "rms")))
+    weight, bias = draw(st.booleans()), kind == "layer" and draw(st.booleans())
+    eps = draw(st.sampled_from((1e-5, 0.01)))
+    return NormBehind(kind, eps, weight, bias, wide=draw(st.booleans()), needs=draw(st.booleans()))
+
+
+@st.composite
 def cases(draw: st.DrawFn, limits: Limits) -> Case:
     """Any case within the limits."""
     plan = draw(plans(limits))
     dtype = draw(st.sampled_from(limits.dtypes))
     sharing = draw(st.sampled_from(limits.sharings)) if plan.num_groups else None
+    norm = draw(st.none() | st.none() | norms_behind()) if limits.norms else None
     prefix = draw(st.sampled_from((1, 0, 5, 2)))
-    by_row = limits.max_rows is not None and (sharing in ("token", "sparse") or plan.program.has_norms)
+    in_rows = sharing in ("token", "sparse") or plan.program.has_norms or norm is not None
+    by_row = limits.max_rows is not None and in_rows
     batch = draw(st.integers(0, limits.max_batch))
     max_patches = 9
     if by_row:
@@ -155,6 +197,7 @@ def cases(draw: st.DrawFn, limits: Limits) -> Case:
         layouts=layouts,
         unread=draw(st.sampled_from(("None", "NaN"))),
         grad_layout=draw(st.sampled_from(GRAD_LAYOUTS)),
+        norm=norm,
         weights_need=sharing is not None and draw(st.booleans()),
         states_need=states_need,
         seed=draw(st.integers(0, 2**16)),

@@ -27,8 +27,8 @@ def check_fuse(case: Case, impl: str, limits: Limits, device: str = "cpu") -> No
     assert torch.equal(bits(out), bits(again)), "without autograd the output is another one"
 
     assert out.shape == (case.batch, case.patches, len(case.plan.slots) * case.width)
-    assert out.dtype == case.dtype and out.is_contiguous()
-    assert out.requires_grad == (case.weights_need or any(case.states_need))
+    assert out.dtype == case.out_dtype and out.is_contiguous()
+    assert out.requires_grad == (case.weights_need or any(case.states_need) or case.norm_needs)
     compare(case, Results(out.detach(), *grads), inputs, limits)
 
 
@@ -42,7 +42,7 @@ def check_two_steps(case: Case, impl: str, limits: Limits, device: str = "cpu") 
         grads = differentiate(case, inputs, two)
         narrow = run_two_steps(case, inputs, impl, None)
     assert torch.equal(bits(one), bits(two)), "with wide means two steps give other bits than one"
-    assert narrow.dtype == case.dtype and narrow.is_contiguous()
+    assert narrow.dtype == case.out_dtype and narrow.is_contiguous()
     # The gradient of a mean is stored in the dtype of the states, and so are the two parts of that of a layer that is copied as
     # well as averaged, before they are added.
     compare(case, Results(two.detach(), *grads), inputs, limits, states_stored=2)
@@ -91,8 +91,9 @@ def check_determinism(case: Case, impl: str) -> None:
 
     def run() -> list[Tensor]:
         out = run_fuse(case, inputs, impl)
-        grad_values, grad_states = differentiate(case, inputs, out)
-        return [bits(tensor) for tensor in (out, grad_values, *grad_states.values()) if tensor is not None]
+        grad_values, grad_states, grad_norm = differentiate(case, inputs, out)
+        tensors = (out, grad_values, *grad_states.values(), *grad_norm.values())
+        return [bits(tensor) for tensor in tensors if tensor is not None]
 
     first = run()
     for _ in range(RUNS - 1):
@@ -108,17 +109,27 @@ def run_two_steps(case: Case, inputs: Inputs, impl: str, means_dtype: torch.dtyp
         means_dtype=means_dtype,
         impl=impl,
     )
-    return mix(means, case.plan, inputs.weights, impl=impl)
+    return mix(means, case.plan, inputs.weights, output_norm=inputs.norm, impl=impl)
 
 
 def run_fuse(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    return fuse(inputs.hidden_states, case.plan, inputs.weights, num_prefix_tokens=case.prefix, impl=impl)
+    return fuse(
+        inputs.hidden_states,
+        case.plan,
+        inputs.weights,
+        num_prefix_tokens=case.prefix,
+        output_norm=inputs.norm,
+        impl=impl,
+    )
 
 
-def differentiate(case: Case, inputs: Inputs, out: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """The gradients that the case asks for; prefix rows and unread layers have zeros, and are cut off here."""
+def differentiate(case: Case, inputs: Inputs, out: Tensor) -> tuple[Tensor | None, dict[int, Tensor], dict[str, Tensor]]:
+    """The gradients that the case asks for, of weights, states and the norm behind; prefix rows and unread layers have zeros,
+    and are cut off here."""
     stacked = isinstance(inputs.hidden_states, Tensor)
     leaves: dict[int | str, Tensor] = {"values": inputs.values} if case.weights_need else {}
+    if case.norm_needs:
+        leaves |= inputs.norm_parameters
     if stacked and any(case.states_need):
         leaves["stacked"] = inputs.hidden_states
     elif not stacked:
@@ -128,18 +139,19 @@ def differentiate(case: Case, inputs: Inputs, out: Tensor) -> tuple[Tensor | Non
             if needs
         }
     if not leaves:
-        return None, {}
+        return None, {}, {}
     grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), inputs.grad_out), strict=True))
     for name, grad in grads.items():
         assert grad.shape == leaves[name].shape and grad.dtype == leaves[name].dtype, f"gradient of {name}"
     grad_values = grads.pop("values", None)
+    grad_norm = {name: grads.pop(name) for name in inputs.norm_parameters if name in grads}
     if "stacked" in grads:
         grads = dict(enumerate(grads["stacked"].unbind(0)))
         for layer in set(grads) - set(case.plan.sources):
             assert (grads.pop(layer) == 0).all(), f"layer {layer} is not read and has a gradient"
     for layer, grad in grads.items():
         assert (grad[:, : case.prefix] == 0).all(), f"a prefix row of layer {layer} has a gradient"
-    return grad_values, {layer: grad[:, case.prefix :] for layer, grad in grads.items()}
+    return grad_values, {layer: grad[:, case.prefix :] for layer, grad in grads.items()}, grad_norm
 
 
 def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_stored: int = 0) -> None:
@@ -147,9 +159,16 @@ def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_
     exact, magnitude = exact_results(case, inputs), magnitudes(case, inputs)
     terms = roundings_of_a_mix(case)
     within("output", actual.out, exact.out, magnitude.out, terms, limits)
+    # Between mix and norm, the backward stores the mix, which is in both factors of a product of the norm's gradient, and its
+    # own gradient, once in the dtype of the output and once in that of the states.
+    behind = () if case.norm is None else (case.out_dtype,) * 3 + (case.dtype,)
+    rows = case.batch * case.patches
+    for name, grad in actual.grad_norm.items():
+        expected = exact.grad_norm[name], magnitude.grad_norm[name]
+        within(f"gradient of the norm's {name}", grad, *expected, terms + 4 * round(rows**0.5), limits, stored=behind)
     for layer, grad in actual.grad_states.items():
         expected = exact.grad_states[layer], magnitude.grad_states[layer]
-        within(f"gradient of layer {layer}", grad, *expected, terms, limits, stored=(case.dtype,) * states_stored)
+        within(f"gradient of layer {layer}", grad, *expected, terms, limits, stored=(case.dtype,) * states_stored + behind)
     if actual.grad_values is not None:
         per_token = case.sharing in ("token", "sparse")
         images = case.batch if case.sharing == "all" else 1
@@ -163,7 +182,7 @@ def compare(case: Case, actual: Results, inputs: Inputs, limits: Limits, states_
             + 4
             * round(products**0.5),  # a long sum in any order but the worst (Higham and Mary, SIAM J. Sci. Comput. 41, 2019)
             limits,
-            stored=(case.dtype,),  # the group means, which a frozen tower keeps for the backward
+            stored=(case.dtype, *behind),  # the group means, which a frozen tower keeps for the backward
         )
 
 
@@ -171,6 +190,7 @@ def roundings_of_a_mix(case: Case) -> int:
     """Roundings that a term of a slot, or of a gradient, can take part in."""
     largest = max((len(group) for group in case.plan.program.groups), default=0)
     norms = 2 * case.width + 16 if case.plan.program.has_norms else 0
+    norms += 2 * case.width * len(case.plan.slots) + 16 if case.norm is not None else 0
     return largest + case.plan.num_groups + len(case.plan.slots) + case.num_columns + 8 + norms
 
 

@@ -9,7 +9,7 @@ import torch
 from fuzz.cases import Case
 from torch import Tensor
 
-from igva_kernels import Layer, Mean, SparseWeights, Weighted
+from igva_kernels import Layer, Mean, OutputNorm, SparseWeights, Weighted
 
 
 @dataclass
@@ -20,13 +20,15 @@ class Inputs:
         hidden_states: L + 1 entries, each (B, T, D) or None, or one (L + 1, B, T, D) tensor.
         values: the weights, or the values of sparse ones; None for a plan without weights.
         indices: of sparse weights, else None.
-        grad_out: (B, N, S*D).
+        norm: behind the mix, or None.
+        grad_out: (B, N, S*D), in the dtype of the output.
         patches: for each layer that is read its (B, N, D) values in float64, without the poison.
     """
 
     hidden_states: Sequence[Tensor | None] | Tensor
     values: Tensor | None
     indices: Tensor | None
+    norm: OutputNorm | None
     grad_out: Tensor
     patches: dict[int, Tensor]
 
@@ -37,7 +39,14 @@ class Inputs:
     def tensors(self) -> list[Tensor]:
         """All tensors, to see whether one was written to."""
         states = [self.hidden_states] if isinstance(self.hidden_states, Tensor) else self.hidden_states
-        return [tensor for tensor in (*states, self.values, self.indices, self.grad_out) if tensor is not None]
+        tensors = (*states, self.values, self.indices, self.grad_out, *self.norm_parameters.values())
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
+    def norm_parameters(self) -> dict[str, Tensor]:
+        """Those that there are."""
+        named = {} if self.norm is None else {"weight": self.norm.weight, "bias": self.norm.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -88,7 +97,14 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         grad_out = normal(1, 1, 1).to(device).expand(shape)
     else:
         grad_out = laid_out(normal(*shape).to(device), case.grad_layout)
-    return Inputs(hidden_states, values, indices, grad_out, patches)
+    norm = None
+    if case.norm is not None:
+        weight, bias = (
+            normal(shape[2], dtype=case.out_dtype).to(device).requires_grad_(case.norm.needs) if present else None
+            for present in (case.norm.weight, case.norm.bias)
+        )
+        norm = OutputNorm(weight, bias, case.norm.eps, case.norm.kind)
+    return Inputs(hidden_states, values, indices, norm, grad_out.to(case.out_dtype), patches)
 
 
 def _reached(case: Case, layer: int, indices: Tensor | None, device: str) -> Tensor:
