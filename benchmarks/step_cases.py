@@ -217,7 +217,7 @@ def measure_loss(context: Context) -> None:
     elif context.device.type == "cuda":
         positions, width, vocabulary = 16 * 700, 4096, 32064
     else:
-        positions, width, vocabulary = 2 * 700, 512, 32064
+        positions, width, vocabulary = 2 * 700, 256, 32064
     labelled = round(0.18 * positions)
     sizes = {"positions": positions, "labelled": labelled, "width": width, "vocabulary": vocabulary}
     for name, learned_only, chunked in (

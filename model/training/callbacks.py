@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 # Log keys of the mean weight of each layer group are this and the group's number, from 1: trackers take scalars only.
 FUSION_WEIGHT_KEY = "fusion_weight_"
@@ -93,6 +95,17 @@ class JsonlLog(TrainerCallback):
     def _write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+
+
+def keep_tensorboard(callbacks: Iterable[TrainerCallback], folder: Path) -> None:
+    """Let TensorBoard's callback, where there is one, write to ``folder``.
+
+    transformers writes to the folder of the intermediate checkpoints, which ends with the run. ``TENSORBOARD_LOGGING_DIR`` in
+    the environment goes first.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
 
 
 def status_text(logs: dict[str, Any]) -> str:

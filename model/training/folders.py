@@ -64,6 +64,11 @@ class RunFolders:
         return self.partial / "log.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, where it is among the trackers."""
+        return self.partial / "tensorboard"
+
+    @property
     def intermediate(self) -> Path:
         """Folder of the intermediate checkpoints."""
         return self.partial / "checkpoints"
