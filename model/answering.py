@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.data.images import views
 from model.data.llava_json import IMAGE_PLACEHOLDER, Turn
 from model.instruction import embed_instructions
 
@@ -100,9 +99,7 @@ class Conversation:
 
 def pixels_of(processor: IgvaLlavaProcessor, image: Image) -> Tensor:
     """(I, 3, H, W), the images of the tower that stand for a picture, prepared as in training."""
-    mean, side = processor.image_processor.image_mean, processor.output_size[0]
-    images = views(image, processor.aspect_ratio, mean, side, processor.anyres_grids)
-    pixel_values: Tensor = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    pixel_values: Tensor = processor.image_processor(images=processor.views(image), return_tensors="pt")["pixel_values"]
     return pixel_values
 
 

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 
 from model._hf_compat import load_image_processor
-from model.data.images import ANYRES_GRIDS
+from model.data.images import ANYRES_GRIDS, views
 from model.image_tokens import ImageTokens
-from model.instruction import Encoder, InstructionPolicy, SentenceEncoder
+from model.instruction import Encoder, InstructionPolicy, SentenceEncoder, embed_instructions
 from model.spans import tokenize_with_spans
 
 _ENCODER_FOLDER = "sentence_encoder"
@@ -87,39 +90,100 @@ class IgvaLlavaProcessor(ProcessorMixin):
         videos: None = None,
         audio: None = None,
         *,
-        instruction: str | Sequence[str] | None = None,
+        instruction: str | Sequence[str | Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs.
 
         Args:
-            images: pictures in the order of their ``<image>``, over all texts.
+            images: pictures in the order of their ``<image>``, over all texts. Each is brought to the images of the tower as in
+                training, see :attr:`aspect_ratio`; with ``anyres`` a picture becomes several.
             text: one prompt or several; ``apply_chat_template`` makes them.
             videos, audio: not taken; named because ``apply_chat_template`` of transformers passes them.
-            instruction: what the user asks about the pictures: one sentence for all, or one for each picture. It is embedded by
-                :attr:`sentence_encoder`.
+            instruction: what the user asks about the pictures: one sentence for all, or for each picture one, or the user's
+                turns of its conversation, which :attr:`instruction_policy` makes one of. They are embedded by
+                :attr:`sentence_encoder`. None: the model gives all layer groups the same weight; ``apply_chat_template`` knows
+                the turns, and passes them.
             kwargs: as for any processor of transformers (``padding``, ``return_tensors`` ...).
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``pixel_values``, and ``instruction_embeds`` (images, E) where ``instruction``
-            is given.
+            ``input_ids``, ``attention_mask``, ``pixel_values`` (images of the tower, 3, height, width), and
+            ``instruction_embeds`` (images of the tower, E) where ``instruction`` is given.
 
         Raises:
             ValueError: numbers of pictures, placeholders and instructions that do not fit, or no sentence encoder.
         """
         if videos is not None or audio is not None:
             raise ValueError("this model takes images and text, no videos and no audio")
+        counts: list[int] = []
+        text = [text] if isinstance(text, str) else text
+        if images is not None:
+            self.validate_inputs(images=images, text=text)
+            shown = [self.views(picture) for picture in self._pictures(images)]
+            counts, images = [len(of_picture) for of_picture in shown], [view for of_picture in shown for view in of_picture]
+        if counts and text is not None:
+            text = self._repeat_placeholders(text, counts)
         features = super().__call__(images=images, text=text, **kwargs)
         if instruction is not None:
-            num_images = len(features.get("pixel_values", ()))
-            sentences = [instruction] * num_images if isinstance(instruction, str) else list(instruction)
-            if not num_images or len(sentences) != num_images:
+            turns = [instruction] * len(counts) if isinstance(instruction, str) else list(instruction)
+            if not counts or len(turns) != len(counts):
                 raise ValueError(
-                    f"instruction holds {len(sentences)} sentences for {num_images} images; pass one sentence, or one per image"
+                    f"instruction holds {len(turns)} sentences for {len(counts)} images; pass one sentence, or one per image"
                 )
-            embeds = self.encode_instructions(sentences)
+            embeds = self._embed_turns([[turn] if isinstance(turn, str) else turn for turn in turns])
+            embeds = embeds.repeat_interleave(torch.tensor(counts), dim=0)
             features["instruction_embeds"] = embeds if kwargs.get("return_tensors") == "pt" else embeds.numpy()
         return features
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Where it makes model inputs (``tokenize=True, return_dict=True``), the instruction of each
+        picture is taken from the user's turns of its conversation under :attr:`instruction_policy`, if there is a sentence
+        encoder and ``processor_kwargs`` names no ``instruction``.
+        """
+        options = dict(kwargs.pop("processor_kwargs", None) or {})
+        makes_inputs = kwargs.get("tokenize") and kwargs.get("return_dict")
+        if makes_inputs and self._sentence_encoder is not None and "instruction" not in {**options, **kwargs}:
+            conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+            turns = [self._user_turns(messages) for messages in conversations]
+            of_pictures = [
+                user for messages, user in zip(conversations, turns, strict=True) for _ in range(self._count_pictures(messages))
+            ]
+            if of_pictures:
+                options["instruction"] = of_pictures
+        if options:
+            kwargs["processor_kwargs"] = options
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def views(self, picture: Image.Image) -> list[Image.Image]:
+        """The images of the tower that stand for a picture, prepared as in training; see :func:`model.data.images.views`."""
+        mean, side = self.image_processor.image_mean, self.output_size[0]
+        return views(picture, self.aspect_ratio, mean, side, self.anyres_grids)
+
+    def _pictures(self, images: Any) -> list[Image.Image]:
+        """Flat, in RGB; addresses and paths are read as transformers reads them."""
+        flat = make_flat_list_of_images(self.image_processor.fetch_images(images))
+        return [(image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB") for image in flat]
+
+    def _repeat_placeholders(self, texts: Sequence[str], counts: Sequence[int]) -> list[str]:
+        """Texts with the placeholder of each picture as often as it has images of the tower."""
+        left = iter(counts)
+        return [
+            self.image_token.join(
+                part if index == 0 else self.image_token * (next(left) - 1) + part
+                for index, part in enumerate(text.split(self.image_token))
+            )
+            for text in texts
+        ]
+
+    def _user_turns(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        contents = [message["content"] for message in messages if message["role"] == "user"]
+        return [
+            content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
+            for content in contents
+        ]
+
+    def _count_pictures(self, messages: Sequence[dict[str, Any]]) -> int:
+        return sum(self._with_placeholders(message["content"]).count(self.image_token) for message in messages)
 
     def validate_inputs(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> None:
         """Refuse a number of pictures that is not the number of placeholders; the base class calls this first."""
@@ -253,6 +317,11 @@ class IgvaLlavaProcessor(ProcessorMixin):
                 "pass instruction_embeds to the model yourself"
             )
         return self._sentence_encoder.encode(list(sentences))
+
+    def _embed_turns(self, conversations: Sequence[Sequence[str]]) -> Tensor:
+        return embed_instructions(
+            conversations, self.encode_instructions, self.instruction_policy, image_token=self.image_token
+        )
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
