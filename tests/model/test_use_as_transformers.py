@@ -1,4 +1,4 @@
-"""Loading, asking and the pipeline work as for transformers' own models; pictures and instruction are prepared as in training."""
+"""Auto classes, pipeline, batches and streaming work as for transformers' own models, and prepare inputs as in training."""
 
 from __future__ import annotations
 
