@@ -87,3 +87,36 @@ def test_a_fusion_without_stages_has_no_allocator_to_train(make_model):
 def test_what_makes_no_sense_is_refused(arguments, message, make_model):
     with pytest.raises(ValueError, match=message):
         apply_stage(make_model(), *arguments)
+
+
+# What DistributedDataParallel without a search for idle parameters needs, and ZeRO and FSDP2 are glad of.
+LEARNING_FUSIONS = [
+    {},
+    {"type": "dense_connector"},
+    {"type": "mmfuser", "layers": [1, 2, -2], "num_heads": 4, "num_points": 2},
+    {"type": "tgif", "text_dim": 16, "router_dim": 8},
+    {"type": "scalar_mix", "norm": "layer"},
+    {"type": "mixture_of_layers", "text_dim": 16, "key_dim": 8, "level": "hybrid"},
+]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("fusion", LEARNING_FUSIONS, ids=lambda fusion: fusion.get("type", "igva"))
+def test_every_parameter_that_learns_takes_part_in_each_step(fusion, stage, make_model, make_batch):
+    model = make_model(fusion=fusion).train()
+    apply_stage(model, stage, "frozen" if stage == 1 else "full")
+    for images_per_row in ((1, 1), (0, 0)):
+        model.zero_grad()
+        model(**make_batch(model, images_per_row)).loss.backward()
+        idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        assert not idle
+
+
+def test_without_instructions_the_allocator_is_frozen_and_all_others_take_part(make_model, make_batch):
+    model = make_model().train()
+    report = apply_stage(model, 2, "full", instructions=False)
+    assert report["allocator"].trainable == 0 < report["allocator"].frozen
+    batch = make_batch(model)
+    del batch["instruction_embeds"]
+    model(**batch).loss.backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

@@ -15,6 +15,7 @@ from model.training.lora import (
     has_lora,
     load_adapters,
     merge_lora,
+    merged_state,
     save_adapters,
 )
 from model.training.recipe import LoraSettings
@@ -90,6 +91,26 @@ def test_merging_leaves_a_plain_model_with_the_same_logits(trained, make_batch):
     # One more rounding a weight: W + B A in fp32 against W x + B (A x); measured 2e-6 at logits of about 3.
     torch.testing.assert_close(logits(model, make_batch), before, atol=1e-4, rtol=0)
     assert not torch.equal(logits(base, make_batch), before)
+
+
+def test_a_merged_state_is_that_of_the_merged_model_and_leaves_the_model_alone(trained):
+    model = trained[1]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = merged_state(model, model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    merge_lora(model)
+    assert merged.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_diverged_adapters_are_not_merged(trained):
+    state = trained[1].state_dict()
+    name = next(name for name in state if "lora_B" in name)
+    state[name] = state[name] * float("inf")
+    with pytest.raises(ValueError, match="is not finite"):
+        merged_state(trained[1], state)
 
 
 def test_a_merged_model_loads_without_adapters(trained, make_batch, tmp_path):
