@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.modules import WeightAllocator
+from model.training.distributed import without_compiled_communication
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = {"num_groups": 2, "vision_dim": 16, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1, "num_heads": 2}
@@ -75,6 +76,7 @@ def train_a_rank(impl: str, folder: Path) -> None:
     import deepspeed
     import torch.distributed as dist
 
+    without_compiled_communication()
     deepspeed.init_distributed(dist_backend="gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = new_model(impl)
