@@ -13,6 +13,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -204,3 +207,23 @@ def make_processor(
         return build_processor(part_folders[tower], part_folders["llama"], config or make_config(tower), **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    """A saved sentence-transformers model of width 16: a random BERT and mean pooling."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    except ImportError:  # where they were before sentence-transformers 6
+        from sentence_transformers.models import Pooling, Transformer
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("encoder_of_this_machine")
+    shape = {"hidden_size": TEXT_DIM, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**shape, vocab_size=300, max_position_embeddings=64)).save_pretrained(root / "bert")
+    AutoTokenizer.from_pretrained(tiny_tokenizer_folder, model_max_length=64).save_pretrained(root / "bert")
+    modules = [Transformer(str(root / "bert")), Pooling(TEXT_DIM)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(root / "encoder"))
+    return root / "encoder"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoProcessor, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from model import IgvaLlavaProcessor, build_model, build_processor
 from model.chat_templates import CHAT_TEMPLATES
@@ -250,28 +250,8 @@ def make_config_folder(processor: IgvaLlavaProcessor, folder) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "igva_llava"}), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def tiny_sentence_transformer(tmp_path_factory, tiny_tokenizer_folder):
-    """A folder with a random sentence-transformers model of width 16."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    try:
-        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    except ImportError:  # where they were before sentence-transformers 6
-        from sentence_transformers.models import Pooling, Transformer
-
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("encoder_of_this_machine")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(**shape, vocab_size=261, max_position_embeddings=64)).save_pretrained(root / "bert")
-    AutoTokenizer.from_pretrained(tiny_tokenizer_folder, model_max_length=64).save_pretrained(root / "bert")
-    transformer = Transformer(str(root / "bert"))
-    model = sentence_transformers.SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
-    model.save_pretrained(str(root / "encoder"))
-    return root / "encoder"
-
-
-def test_sentence_encoder_travels_with_the_processor(make_processor, tiny_sentence_transformer, tmp_path):
-    processor = make_processor(sentence_encoder=tiny_sentence_transformer)
+def test_sentence_encoder_travels_with_the_processor(make_processor, encoder_folder, tmp_path):
+    processor = make_processor(sentence_encoder=encoder_folder)
     expected = processor.encode_instructions(["Which?", "How many?"])
     assert expected.shape == (2, 16) and expected.dtype == torch.float32
     processor.save_pretrained(tmp_path / "first")
@@ -288,8 +268,8 @@ def test_sentence_encoder_travels_with_the_processor(make_processor, tiny_senten
     assert torch.equal(again.encode(["Which?", "How many?"]), expected)
 
 
-def test_a_missing_or_changed_sentence_encoder_is_noticed(make_processor, tiny_sentence_transformer, tmp_path):
-    make_processor(sentence_encoder=tiny_sentence_transformer).save_pretrained(tmp_path)
+def test_a_missing_or_changed_sentence_encoder_is_noticed(make_processor, encoder_folder, tmp_path):
+    make_processor(sentence_encoder=encoder_folder).save_pretrained(tmp_path)
     weights = tmp_path / "sentence_encoder" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

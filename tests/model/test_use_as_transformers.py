@@ -65,7 +65,7 @@ def test_a_chosen_instruction_is_taken_and_text_alone_needs_none(make_processor,
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, part_folders, encoder_in_a_folder):
+def saved(tmp_path_factory, part_folders, encoder_folder):
     """A checkpoint that was saved and then moved, as to another machine."""
     from model import build_model, build_processor
 
@@ -73,30 +73,13 @@ def saved(tmp_path_factory, part_folders, encoder_in_a_folder):
     fusion = {"type": "igva", "num_groups": 2, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1}
     built = build_model(part_folders["clip"], part_folders["llama"], fusion=fusion)
     processor = build_processor(
-        part_folders["clip"], part_folders["llama"], built.config, sentence_encoder=SentenceEncoder(encoder_in_a_folder)
+        part_folders["clip"], part_folders["llama"], built.config, sentence_encoder=SentenceEncoder(encoder_folder)
     )
-    built.save_pretrained(tmp_path_factory.mktemp("saved") / "first")
     folder = tmp_path_factory.mktemp("saved")
     built.save_pretrained(folder / "first")
     processor.save_pretrained(folder / "first")
     shutil.move(folder / "first", folder / "second")
     return folder / "second"
-
-
-@pytest.fixture(scope="module")
-def encoder_in_a_folder(tmp_path_factory, tiny_tokenizer_folder):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("encoder")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=300, **shape)).save_pretrained(root / "bert")
-    AutoTokenizer.from_pretrained(tiny_tokenizer_folder).save_pretrained(root / "bert")
-    bert = Transformer(str(root / "bert"))
-    SentenceTransformer(modules=[bert, Pooling(bert.get_embedding_dimension())], device="cpu").save(str(root / "sentence"))
-    return root / "sentence"
 
 
 @pytest.fixture(scope="module")

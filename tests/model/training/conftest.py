@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from model import IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor
@@ -62,23 +61,6 @@ def data_file(picture_folder: Path, records: list[dict[str, Any]]) -> Path:
     file = picture_folder / "data.json"
     file.write_text(json.dumps(records), encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
-    """A saved sentence-transformers model of width 16: a random BERT and mean pooling."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("encoder")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=300, **shape)).save_pretrained(root / "bert")
-    AutoTokenizer.from_pretrained(tiny_tokenizer_folder).save_pretrained(root / "bert")
-    bert = Transformer(str(root / "bert"))
-    SentenceTransformer(modules=[bert, Pooling(16)]).save(str(root / "encoder"))
-    return root / "encoder"
 
 
 @pytest.fixture(scope="session")
