@@ -7,8 +7,11 @@ import json
 import pytest
 from PIL import Image
 
+from model.chat_templates import CHAT_TEMPLATES
+from model.data.dataset import LlavaDataset
 from model.data.images import make_square, open_image
 from model.data.llava_json import read_llava_json, samples_from_records
+from model.loss import IGNORE_INDEX
 
 GOOD = {"image": "images/red.png", "turns": ("<image>\nWhich colour?", "red")}
 
@@ -108,3 +111,91 @@ def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match=r"cannot read the image .*text\.png"):
         open_image(tmp_path / "text.png")
+
+
+# ---- as published ----------------------------------------------------------------------------------------------------------
+
+#: One record of each form, as they stand in blip_laion_cc_sbu_558k.json and llava_v1_5_mix665k.json, texts shortened.
+PUBLISHED = [
+    {
+        "id": "004539375",
+        "image": "00453/004539375.jpg",
+        "conversations": [
+            {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+            {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"},
+        ],
+    },
+    {
+        "id": "000000033471",
+        "image": "coco/train2017/000000033471.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat are the colors of the bus in the image?"},
+            {"from": "gpt", "value": "The bus in the image is white and red."},
+            {"from": "human", "value": "What feature can be seen on the back of the bus?"},
+            {"from": "gpt", "value": "The back of the bus features an advertisement."},
+        ],
+    },
+    {
+        "id": "qV2Hq1t_0",
+        "model": "",
+        "conversations": [
+            {"from": "gpt", "value": "...the rest of an answer that was split off."},
+            {"from": "human", "value": "Go on."},
+            {"from": "gpt", "value": "Of course."},
+            {"from": "human", "value": "Thanks."},
+        ],
+    },
+    {
+        "id": 2408512,
+        "image": "vg/VG_100K_2/2408512.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nPlease provide a short description for this region: [0.31, 0.5, 0.42, 0.7]."},
+            {"from": "gpt", "value": "A man in a hat."},
+        ],
+    },
+]
+
+
+@pytest.fixture
+def published(tmp_path):
+    for record in PUBLISHED:
+        if "image" in record:
+            (tmp_path / record["image"]).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30), (200, 40, 40)).save(tmp_path / record["image"])
+    (tmp_path / "published.json").write_text(json.dumps(PUBLISHED), encoding="utf-8")
+    return tmp_path
+
+
+def test_published_records_are_read_as_llava_reads_them(published):
+    caption, dialogue, text, region = read_llava_json(published / "published.json")
+    # The image comes first, wherever the record has it.
+    assert caption.human_turns == ["<image>\nRender a clear and concise summary of the photo."]
+    assert dialogue.human_turns[0] == "<image>\nWhat are the colors of the bus in the image?" and len(dialogue.turns) == 4
+    assert text.images == () and [turn.text for turn in text.turns] == ["Go on.", "Of course.", "Thanks."]
+    assert region.id == "2408512" and region.images == (published / "vg/VG_100K_2/2408512.jpg",)
+
+
+def test_a_jsonl_file_holds_the_same_records(published):
+    lines = "\n".join(json.dumps(record) for record in PUBLISHED)
+    (published / "published.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    plain, by_line = (read_llava_json(published / f"published.{ending}") for ending in ("json", "jsonl"))
+    assert [(s.id, s.images, s.turns) for s in plain] == [(s.id, s.images, s.turns) for s in by_line]
+    assert [sample.record for sample in plain] == [0, 1, 2, 3] and [sample.record for sample in by_line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1", "chatml"])
+def test_published_records_become_tensors(template, published, model_and_processor):
+    processor = model_and_processor[1]
+    data = LlavaDataset(read_llava_json(published / "published.json"), processor, chat_template=CHAT_TEMPLATES[template])
+    for index, sample in enumerate(data.samples):
+        item = data[index]
+        spoken = processor.tokenizer.decode(item["labels"][item["labels"] != IGNORE_INDEX])
+        end = {"plain": "\n", "vicuna_v1": "</s>", "chatml": "<|im_end|>"}[template]
+        assert spoken == "".join(turn.text + end for turn in sample.turns if turn.role == "assistant")
+        assert ("pixel_values" in item) == bool(sample.images)
+
+
+def test_several_images_stay_where_the_text_has_them(make_record, picture_folder):
+    record = make_record("two", ["images/red.png", "images/blue.png"], "First <image> and then <image>: which?", "red")
+    (sample,) = samples_from_records([record], picture_folder)
+    assert sample.human_turns == ["First <image> and then <image>: which?"]

@@ -57,7 +57,7 @@ def test_the_large_models_have_their_published_size(size, vicuna, data_file, tmp
     projector = 2048 * width + width + width * width + width
     allocator = second.parameters["allocator"].trainable
     for found in (first, second):
-        # CLIP-L/336 without its last norm's projection; <image> and the rows that pad the vocabulary, in embeddings and head.
+        # CLIP-L/336's vision half; <image> and the rows that pad the vocabulary, in embeddings and head.
         total = vicuna + 303_507_456 + 2 * 64 * width + projector + allocator
         assert found.parameters.trainable + found.parameters.frozen == total
         assert found.tokens_per_image == 576 and len(found.slots) == 2
