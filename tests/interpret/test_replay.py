@@ -123,6 +123,9 @@ def test_gradients_of_the_weights_flow_through_a_replay(small_plan, kernel):
         "another_prefix",
         "weights_need_a_gradient",
         "weights_strided",
+        "weights_in_float64",
+        "weights_for_all_images",
+        "the_last_state_strided",
         "a_state_strided",
         "a_state_misaligned",
         "a_state_needs_a_gradient",
@@ -143,6 +146,12 @@ def test_another_signature_takes_the_long_way(small_plan, kernel, change):
         weights.requires_grad_()
     elif change == "weights_strided":
         weights = torch.stack((weights, weights), dim=-1)[..., 0]
+    elif change == "weights_in_float64":
+        weights = weights.double()
+    elif change == "weights_for_all_images":
+        weights = weights[0].clone()
+    elif change == "the_last_state_strided":
+        states[4] = torch.cat((states[4], states[4]), dim=1)[:, :5]
     elif change == "a_state_strided":
         states[2] = torch.cat((states[2], states[2]), dim=1)[:, :5]
     elif change == "a_state_misaligned":
