@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from model.cli.ask import ask
+from model.answering import Conversation
 from model.data.collator import ImageTextCollator
 from model.data.dataset import LlavaDataset, load_images, view_counts
 from model.data.images import ANYRES_GRIDS, best_grid, num_views, views
@@ -138,7 +138,9 @@ def test_a_run_with_tiles_trains_and_its_checkpoint_answers_with_tiles(packing, 
     model.get_image_features = lambda pixel_values, *rest: seen.append(len(pixel_values)) or features(pixel_values, *rest)
     scores = evaluate(model, processor, samples, aspect_ratio=processor.aspect_ratio, max_new_tokens=2, batch_size=4)
     assert scores.overall.count == 3 and seen == [4 + 4 + 3]
-    _, weights = ask(model, processor, Image.open(samples[0].images[0]).convert("RGB"), "Which colour?", 2)
+    conversation = Conversation(model, processor)
+    conversation.show(Image.open(samples[0].images[0]).convert("RGB"))
+    _, weights = conversation.ask("Which colour?", max_new_tokens=2)
     assert seen[1:] == [4] and sum(weights) == pytest.approx(1, abs=1e-5)
 
 
