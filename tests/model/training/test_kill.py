@@ -25,7 +25,7 @@ def test_killed_runs_lose_nothing(make_recipe, stage1_checkpoint, tmp_path):
         2,
         language_model_training="full",
         output_dir=str(tmp_path / "out"),
-        max_steps=6,
+        max_steps=4,
         save_every=1,
         overwrite=True,
         data={"instruction_cache": str(tmp_path / "instructions.safetensors")},

@@ -42,7 +42,7 @@ def losses(checkpoint):
 
 
 CASES = {
-    "accumulated": ({"language_model_training": "full", "data": {"grouping": "random"}}, Stop(3)),
+    "accumulated, in any order": ({"language_model_training": "full", "data": {"grouping": "random"}}, Stop(3)),
     "grouped, at the end of an epoch": ({"language_model_training": "full"}, Stop(4)),
     "packed, in the second epoch, between two saves": (
         {"language_model_training": "full", "data": {"packing": True}, "save_every": 2},
@@ -57,7 +57,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("packed, in the second epoch, between two saves", "adapters with dropout")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
 def test_a_resumed_run_ends_in_the_bits_of_a_straight_one(case, make_recipe, tmp_path, monkeypatch):
     fields, stop = CASES[case]
     # Six steps of four samples, in two passes each: an epoch has four.
@@ -79,16 +82,20 @@ def test_a_resumed_run_ends_in_the_bits_of_a_straight_one(case, make_recipe, tmp
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def stopped_run(make_recipe_in, tmp_path_factory):
+    """The folder of a run of four steps that was stopped at the second."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(InterruptedError):
+        train(make_recipe_in(folder)(1, max_steps=4, save_every=1), callbacks=[Stop(2)])
+    return folder / "stage1.partial"
+
+
 @pytest.fixture
-def stopped(make_recipe, tmp_path):
-    """``stopped(**fields)``: a run of four steps that was stopped at the second; its newest checkpoint."""
-
-    def stop(**fields):
-        with pytest.raises(InterruptedError):
-            train(make_recipe(1, max_steps=4, save_every=1, **fields), callbacks=[Stop(2)])
-        return CheckpointFolder(tmp_path / "stage1.partial" / "checkpoints").newest()
-
-    return stop
+def stopped(stopped_run, tmp_path):
+    """The newest checkpoint of a copy of it, where ``make_recipe(1)`` looks for one."""
+    shutil.copytree(stopped_run, tmp_path / "stage1.partial")
+    return CheckpointFolder(tmp_path / "stage1.partial" / "checkpoints").newest()
 
 
 def contents(folder):
@@ -104,7 +111,7 @@ def contents(folder):
     ],
 )
 def test_another_recipe_is_refused_with_every_difference(fields, words, stopped, make_recipe):
-    folder = stopped()
+    folder = stopped
     before = contents(folder)
     with pytest.raises(ValueError) as error:
         train(make_recipe(1, **{"max_steps": 4, "save_every": 1, "resume": True, **fields}))
@@ -114,7 +121,6 @@ def test_another_recipe_is_refused_with_every_difference(fields, words, stopped,
 
 
 def test_another_plan_of_layers_is_refused(stopped, make_recipe):
-    stopped()
     recipe = make_recipe(1, max_steps=4, save_every=1, resume=True)
     recipe.model.fusion = {**recipe.model.fusion, "num_groups": 4}
     with pytest.raises(ValueError, match=r"model.fusion.num_groups was 2, is 4"):
@@ -122,7 +128,6 @@ def test_another_plan_of_layers_is_refused(stopped, make_recipe):
 
 
 def test_other_data_are_refused(stopped, make_recipe, records, picture_folder):
-    stopped()
     fewer = picture_folder / "fewer.json"
     fewer.write_text(json.dumps(records[:-2]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"the data were 16 samples, .*, are 14 samples"):
@@ -130,7 +135,6 @@ def test_other_data_are_refused(stopped, make_recipe, records, picture_folder):
 
 
 def test_what_changes_nothing_that_is_learned_may_change(stopped, make_recipe):
-    stopped()
     result = train(make_recipe(1, max_steps=4, save_every=2, log_every=2, resume=True, data={"num_workers": 1}))
     assert result["steps"] == 4
 
@@ -145,7 +149,7 @@ def test_what_changes_nothing_that_is_learned_may_change(stopped, make_recipe):
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(damage, message, stopped, make_recipe):
-    folder = stopped()
+    folder = stopped
     damage(folder)
     before = contents(folder.parent)
     with pytest.raises(ValueError, match=f"is damaged: .*{message}"):
@@ -154,7 +158,6 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(damage, mess
 
 
 def test_an_unreadable_checkpoint_is_told_as_such(stopped, make_recipe, monkeypatch):
-    stopped()
     read_text = Path.read_text
 
     def refuse(self, *args, **kwargs):
@@ -243,7 +246,6 @@ def test_an_error_that_is_no_failed_write_stays_as_it_is(tmp_path):
 
 
 def test_a_line_of_the_log_that_was_cut_off_does_not_spoil_the_next(stopped, make_recipe, tmp_path):
-    stopped()
     with (tmp_path / "stage1.partial" / "log.jsonl").open("a") as log:
         log.write('{"time": 17')
     checkpoint = train(make_recipe(1, max_steps=4, save_every=1, resume=True))["checkpoint"]
@@ -251,7 +253,7 @@ def test_a_line_of_the_log_that_was_cut_off_does_not_spoil_the_next(stopped, mak
 
 
 def test_what_a_killed_save_left_is_removed(stopped, make_recipe, tmp_path):
-    folder = stopped().parent
+    folder = stopped.parent
     (folder / "saving" / "checkpoint-3").mkdir(parents=True)
     (folder / "saving" / "checkpoint-3" / WEIGHTS).write_bytes(b"half")
     (tmp_path / "stage1.partial" / "finished" / "training").mkdir(parents=True)
