@@ -33,8 +33,11 @@ def poisoned_empty() -> Iterator[None]:
         # not a view: what the library returns is the base of its storage in production as well
         return tensor.set_(buffer.untyped_storage(), GUARD, tensor.shape)
 
+    guards = torch._C._dynamo.guards  # with what calls that repeat allocate, see igva_kernels/impl/triton/replay.py
     with ExitStack() as stack:
         for owner, name in (
+            (guards, "_empty_strided_cpu"),
+            (guards, "_empty_strided_cuda"),
             (torch, "empty"),
             (torch, "empty_like"),
             (torch, "empty_strided"),

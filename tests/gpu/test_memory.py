@@ -126,5 +126,4 @@ def test_summaries_hold_no_map(summary: str) -> None:
         return group_summaries(states, plan, num_prefix_tokens=PREFIX, summary=summary, impl="triton")
 
     run()
-    # the partial sums of 16 patches each: K rows of float32, an eighth of a map in bfloat16 for every group
-    assert peak_of(run) <= (plan.num_groups * 2 * MAP // 16 if summary == "mean_patch" else 0) + SLACK
+    assert peak_of(run) <= SLACK
