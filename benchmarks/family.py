@@ -2,8 +2,8 @@
 
 Peers take the hidden states, the weights in the form that the library takes, and P; their steps are those of the files named,
 at the commits of DenseConnector 0f8936c, s3prl ec8064b, TGIF 7b1be25. MoL's code is not published; its mix is written as its
-paper states it (arXiv 2610.09440). What follows a mix with parameters of its own (TGIF's LayerNorm) is torch's on both sides
-and left out.
+paper states it (arXiv 2610.09440). What follows a mix with parameters of its own (the LayerNorm of TGIF and of VipLlava) is
+measured apart, in :data:`MIXES_WITH_NORMS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from torch import Tensor
 from igva_kernels import FusionPlan, Norm, SparseWeights
 from igva_kernels.program import CopySlot
 
-from .roofline import Traffic, backward_traffic, forward_traffic
+from .roofline import (
+    Traffic,
+    backward_traffic,
+    forward_traffic,
+    norm_backward_traffic,
+    normalised_forward_traffic,
+)
 from .sizes import Tower
 
 Weights = Tensor | SparseWeights | None
@@ -172,6 +178,40 @@ MIXES = (
     ),
 )
 """The most telling first."""
+
+
+def layers(plan: FusionPlan) -> Peer:
+    """``torch.cat`` of the layers, as transformers' VipLlava has it."""
+
+    def peer(hidden_states: Sequence[Tensor], weights: None, num_prefix_tokens: int) -> Tensor:
+        return torch.cat([hidden_states[slot.index][:, num_prefix_tokens:] for slot in plan.slots], dim=-1)
+
+    return peer
+
+
+MIXES_WITH_NORMS = (
+    Mix("TGIF and its LayerNorm", FusionPlan.tgif, tgif, "image", ("forward", "frozen")),
+    Mix(
+        "VipLlava and its LayerNorm",
+        # the published layers of CLIP-L, and some of a smaller tower
+        lambda num_layers: FusionPlan.layers(num_layers, (-2, -5, -8, -11, 6) if num_layers > 10 else (-2, -1, 1)),
+        layers,
+        None,
+        ("forward", "frozen"),
+    ),
+)
+"""With a LayerNorm over the channels of the output behind the mix; the tower is frozen, norm and weights learn."""
+
+
+def normalised_traffic(mix: Mix, tower: Tower, map_bytes: int, mode: str) -> Traffic:
+    """The least traffic of a mix with its norm in the same pass, and of the backward as two passes."""
+    program = mix.plan(tower.num_layers).program
+    forward = normalised_forward_traffic(program, map_bytes, training=mode != "forward")
+    if mode == "forward":
+        return forward
+    weights = mix.sharing is not None
+    traffic = forward + norm_backward_traffic(program, map_bytes, mix=weights)
+    return traffic + backward_traffic(program, map_bytes, weights=weights, states=False, saved_means=False)
 
 
 def mix_traffic(mix: Mix, tower: Tower, map_bytes: int, mode: str) -> Traffic:

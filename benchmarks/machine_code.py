@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from igva_kernels import FusionPlan, Norm
+from igva_kernels import FusionPlan, Norm, OutputNorm
 from igva_kernels.program import MixProgram
 
 from .machine import ROOT
-from .roofline import KernelCode, Traffic, backward_traffic, forward_traffic
+from .roofline import KernelCode, Traffic, backward_traffic, forward_traffic, normalised_forward_traffic
 from .sizes import CLIP_L_336, DINOV2_L_518, SIGLIP_SO400M_384, Tower
 
 FILE = ROOT / "benchmarks" / "machine_code.json"
@@ -58,6 +58,13 @@ def _forward(save_means: bool, weights: str = "weights", indices: str | None = N
     )
 
 
+def _normalised_forward(save_mixed: bool) -> Callable[..., object]:
+    return lambda kernels, plan, prefix, tokens, t: kernels.normalised_forward(
+        t["states"], t["weights"] if plan.num_groups else None, OutputNorm(t["channels"], t["channels"]), plan.program, prefix,
+        False, save_mixed,
+    )  # fmt: skip
+
+
 def _backward(weights: bool, states: bool) -> Callable[..., object]:
     return lambda kernels, plan, prefix, tokens, t: kernels.fuse_backward(
         t["grad"], [], t["means"] if weights else None, t["weights"], plan.program, prefix, tokens,
@@ -81,6 +88,10 @@ def _tgif(tower: Tower) -> FusionPlan:
 
 def _normalised(tower: Tower) -> FusionPlan:
     return FusionPlan.scalar_mix(tower.num_layers, norm=Norm("layer"))
+
+
+def _vip_llava(tower: Tower) -> FusionPlan:
+    return FusionPlan.vip_llava(tower.num_layers)
 
 
 def _sparse(tower: Tower) -> FusionPlan:
@@ -114,6 +125,15 @@ KERNELS = {
     "forward, normalised layers": Kernel(
         _forward(False, "shared_weights"), lambda program, map_bytes, _: forward_traffic(program, map_bytes), _normalised, True
     ),
+    "forward, a weight a layer, norm behind": Kernel(
+        _normalised_forward(False), lambda program, map_bytes, _: normalised_forward_traffic(program, map_bytes), _tgif, True
+    ),
+    "forward, copies, norm behind, mix saved": Kernel(
+        _normalised_forward(True),
+        lambda program, map_bytes, _: normalised_forward_traffic(program, map_bytes, training=True),
+        _vip_llava,
+        True,
+    ),
     "forward, sparse": Kernel(
         _forward(False, "values", "indices"), lambda program, map_bytes, _: Traffic(CHOSEN, 1, map_bytes), _sparse, True
     ),
@@ -144,6 +164,7 @@ def tensors(plan: FusionPlan, tower: Tower, dtype: torch.dtype, batch: int) -> d
         "values": torch.empty(chosen_shape),
         "indices": torch.empty(chosen_shape, dtype=torch.int64),
         "means": torch.empty(program.num_weighted_groups, *map_shape, dtype=dtype),
+        "channels": torch.empty(len(program.slots) * tower.vision_dim, dtype=dtype),
         "grad": torch.empty(*map_shape[:2], len(program.slots) * tower.vision_dim, dtype=dtype),
     }
 

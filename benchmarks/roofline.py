@@ -61,6 +61,17 @@ def forward_traffic(program: MixProgram, map_bytes: int, *, save_means: bool = F
     return Traffic(program.num_sources, len(program.slots) + kept, map_bytes)
 
 
+def normalised_forward_traffic(program: MixProgram, map_bytes: int, *, training: bool = False) -> Traffic:
+    """With a norm behind the mix, in the same pass: :func:`forward_traffic`, and in training the mix before the norm."""
+    forward = forward_traffic(program, map_bytes)
+    return forward + Traffic(0, len(program.slots), map_bytes) if training else forward
+
+
+def norm_backward_traffic(program: MixProgram, map_bytes: int, *, mix: bool) -> Traffic:
+    """The backward of that norm: the gradient and the mix are read, and where ``mix``, dL/d(mix) is written."""
+    return Traffic(2 * len(program.slots), len(program.slots) if mix else 0, map_bytes)
+
+
 def backward_traffic(
     program: MixProgram, map_bytes: int, *, weights: bool, states: bool, saved_means: bool, token_ratio: float = 1.0
 ) -> Traffic:

@@ -7,13 +7,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
-from igva_kernels import FusionPlan, SparseWeights, fuse
+from igva_kernels import FusionPlan, OutputNorm, SparseWeights, fuse
 from igva_kernels.deformable import multi_scale_deformable_attention
 
 from ..context import Context
 from ..family import (
     MIXES,
+    MIXES_WITH_NORMS,
     PUBLIC_KERNELS,
     Mix,
     Weights,
@@ -21,6 +23,7 @@ from ..family import (
     attn_res_weights,
     make_weights,
     mix_traffic,
+    normalised_traffic,
 )
 from ..peers import compiled, grid_sample_deformable_attention
 from ..sizes import CLIP_L_336, TINY, Tower
@@ -29,9 +32,10 @@ from ..variants import BASELINE, measure_variants, require_close, sets_for
 
 MEASURES = """\
 DenseConnector's SCI and DCI, s3prl's weighted sum with and without its norm, ScalarMix, TGIF, MoL's top-k weights per token,
-the mean of normalised layers: forward, and forward + backward of what is trained, CLIP-L/14-336 in bfloat16 at B = 16,
-against the authors' formulation in eager torch and torch.compile of it; the mix of attention residuals against
-flash-linear-attention's and Liger's kernels, where these are installed; MMFuser's deformable attention against grid_sample."""
+the mean of normalised layers, TGIF and VipLlava with the LayerNorm behind them: forward, and forward + backward of what is
+trained, CLIP-L/14-336 in bfloat16 at B = 16, against the authors' formulation in eager torch and torch.compile of it; the mix
+of attention residuals against flash-linear-attention's and Liger's kernels, where these are installed; MMFuser's deformable
+attention against grid_sample."""
 
 OURS, COMPILE = "igva_kernels", "torch.compile"
 SEED = 20261123
@@ -45,6 +49,9 @@ def run_part(context: Context) -> None:
     for mix in MIXES:
         for mode in mix.modes:
             measure_mix(context, mix, tower, batch, mode)
+    for mix in MIXES_WITH_NORMS:
+        for mode in mix.modes:
+            measure_mix_with_norm(context, mix, tower, batch, mode)
     for mode in ("forward", "trainable"):
         measure_deformable_attention(context, batch, mode)
 
@@ -82,6 +89,65 @@ def measure_mix(context: Context, mix: Mix, tower: Tower, batch: int, mode: str)
         describe(tower, batch, dtype) | {"operation": "mix", "mix": mix.name, "mode": mode},
         {name: partial(prepare, name) for name in variants},
         floor_bytes=mix_traffic(mix, tower, map_bytes, mode).bytes,
+        map_bytes=map_bytes,
+    )
+
+
+def measure_mix_with_norm(context: Context, mix: Mix, tower: Tower, batch: int, mode: str) -> None:
+    """One mode of a mix with a LayerNorm behind it: in one pass, as the library's mix and torch's norm, and as the authors'
+    code and torch's norm. Trained are the norm and the weights."""
+    plan = mix.plan(tower.num_layers)
+    peer, prefix = mix.peer(plan), tower.num_prefix_tokens
+    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+    map_bytes = batch * tower.num_patches * tower.vision_dim * dtype.itemsize
+    channels = plan.num_slots * tower.vision_dim
+    torch.compiler.reset()
+
+    def one_pass(states: Sequence[Tensor], weights: Weights, scale: Tensor, shift: Tensor) -> Tensor:
+        return fuse(states, plan, weights, num_prefix_tokens=prefix, output_norm=OutputNorm(scale, shift))
+
+    def two_passes(states: Sequence[Tensor], weights: Weights, scale: Tensor, shift: Tensor) -> Tensor:
+        return layer_norm(fuse(states, plan, weights, num_prefix_tokens=prefix), (channels,), scale, shift)
+
+    def eager(states: Sequence[Tensor], weights: Weights, scale: Tensor, shift: Tensor) -> Tensor:
+        return layer_norm(peer(states, weights, prefix), (channels,), scale, shift)
+
+    functions = {OURS: one_pass, f"{OURS}, torch's norm": two_passes, BASELINE: eager}
+    if not context.tiny:
+        functions[COMPILE] = compiled(eager)
+    sets: list[tuple[list[Tensor], Weights, Tensor, Tensor, Tensor]] = []
+
+    def make(seed: int) -> tuple[list[Tensor], Weights, Tensor, Tensor, Tensor]:
+        states, weights, grad_out = make_inputs(context, mix, plan, tower, batch, dtype, mode, seed)
+        scale, shift = (torch.randn(2, channels, device=context.device).to(dtype)).unbind(0)
+        return states, weights, scale.requires_grad_(mode != "forward"), shift.requires_grad_(mode != "forward"), grad_out
+
+    def call(function: Callable[..., Tensor], states, weights, scale, shift, grad_out: Tensor) -> list[Tensor]:
+        if mode == "forward":
+            with torch.no_grad():
+                return [function(states, weights, scale, shift)]
+        out = function(states, weights, scale, shift)
+        leaves = [scale, shift] if weights is None else [scale, shift, weights]
+        return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+    def prepare(name: str) -> list[Closure]:
+        if not sets:
+            count = sets_for(context, len(plan.sources) * map_bytes)
+            sets.extend(make(SEED + index) for index in range(count))
+        states, weights, scale, shift, grad_out = sets[0]
+        wide_states, wide_weights, wide_grad_out = in_float64(states, weights, grad_out)
+        wide_norm = [each.detach().double().requires_grad_(each.requires_grad) for each in (scale, shift)]
+        exact = call(eager, wide_states, wide_weights, *wide_norm, wide_grad_out)
+        for position, tensors in enumerate(zip(call(functions[name], *sets[0]), call(eager, *sets[0]), exact, strict=True)):
+            require_close(f"result {position}", *tensors, slack=sum_slack(tower) if position else 8)
+        return [partial(call, functions[name], *inputs) for inputs in sets]
+
+    measure_variants(
+        context,
+        f"{mix.name}, {mode}, {tower.name} B={batch}",
+        describe(tower, batch, dtype) | {"operation": "mix", "mix": mix.name, "mode": mode},
+        {name: partial(prepare, name) for name in functions},
+        floor_bytes=normalised_traffic(mix, tower, map_bytes, mode).bytes,
         map_bytes=map_bytes,
     )
 

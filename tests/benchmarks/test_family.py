@@ -45,6 +45,28 @@ def test_floors_of_the_family() -> None:
     assert maps("mean of normalised layers", "trainable") == 24 + 1 + 24 + 1 + 24  # every layer has a gradient of its own
 
 
+def test_floors_with_a_norm_behind() -> None:
+    tgif, vip_llava = family.MIXES_WITH_NORMS
+
+    def maps(mix: family.Mix, mode: str) -> int:
+        return family.normalised_traffic(mix, CLIP_L_336, 1000, mode).maps
+
+    assert vip_llava.plan(24) == FusionPlan.vip_llava(24)
+    assert maps(tgif, "forward") == 24 + 1 and maps(vip_llava, "forward") == 5 + 5
+    # the mix is kept, read with the output's gradient, and its own gradient written and read beside the states
+    assert maps(tgif, "frozen") == 24 + 2 + 3 + 1 + 24
+    assert maps(vip_llava, "frozen") == 5 + 10 + 10  # no gradient of the mix: nothing in it learns
+
+
+@pytest.mark.parametrize("mode", ["forward", "frozen"])
+@pytest.mark.parametrize("mix", family.MIXES_WITH_NORMS, ids=lambda mix: mix.name)
+def test_a_mix_with_its_norm_is_measured(mix: family.Mix, mode: str, context: Context) -> None:
+    part.measure_mix_with_norm(context, mix, TINY, 1, mode)
+    cases = {case["parameters"]["variant"]: case for case in context.recorder.document["cases"]}
+    assert {case["status"] for case in cases.values()} == {"ok"}, cases
+    assert {part.OURS, f"{part.OURS}, torch's norm"} < set(cases)
+
+
 @pytest.fixture
 def public_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Stand-ins with the signatures that were read in both projects; what they got."""
