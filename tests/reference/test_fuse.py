@@ -143,7 +143,7 @@ def test_strided_states_and_strided_gradients(impl, make_states, make_weights, f
 
 
 def test_tiles_smaller_than_one_image_and_larger_than_the_batch_give_the_same(monkeypatch, make_states, make_weights):
-    from igva_kernels.impl import cpu, cpu_tiles
+    from igva_kernels.impl import cpu_tiles
 
     plan = FusionPlan.igva(4, 2)
     states = [state.requires_grad_() for state in make_states(plan, batch=5, tokens=30)]

@@ -192,6 +192,7 @@ def run_of(module, states):
     return out, torch.autograd.grad(out.square().sum(), list(module.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the tower is frozen: its maps have no gradient
 @pytest.mark.parametrize("how", ["forward hook", "forward pre-hook", "backward hook", "another class"])
 def test_a_norm_that_somebody_waits_for_is_called(how, vip_llava, states):
     """ZeRO-3 gathers parameters in such hooks, adapters wrap the module; the numbers are the same."""
@@ -226,6 +227,28 @@ def test_the_norms_of_torch_are_fused():
     assert output_norm_of(nn.LayerNorm(6, elementwise_affine=False)) == OutputNorm()
     for other in (nn.Identity(), nn.RMSNorm(6), nn.LayerNorm((2, 3))):
         assert output_norm_of(other) is None
+
+
+def test_shards_are_not_taken():
+    norm = nn.LayerNorm(6)
+    norm.weight = nn.Parameter(norm.weight.detach()[:3])  # as FSDP leaves it outside of its forward
+    assert output_norm_of(norm) is None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_it_is_one_operator(strict, vip_llava, states):
+    class Fusion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fusion = vip_llava
+
+        def forward(self, hidden_states):
+            return self.fusion(hidden_states, num_prefix_tokens=1)
+
+    exported = torch.export.export(Fusion(), (states,), strict=strict)
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets[0] is torch.ops.igva.fuse_normalised.default and torch.ops.aten.layer_norm.default not in targets
+    assert torch.equal(exported.module()(states), vip_llava(states, num_prefix_tokens=1))
 
 
 def test_state_dicts_have_the_published_names(vip_llava):
