@@ -106,8 +106,8 @@ class CheckpointFolder:
 
     def newest(self) -> Path | None:
         """The newest checkpoint; None if there is none."""
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
-        return max(found, key=_step, default=None)
+        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and step_of(path) >= 0]
+        return max(found, key=step_of, default=None)
 
     def publish(self, step: int, identity: RunIdentity | None) -> None:
         """Make the checkpoint of a step in ``saving`` the newest, and delete the older ones.
@@ -209,8 +209,11 @@ def _existing(path: Path) -> Path:
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
-def _step(path: Path) -> int:
-    number = path.name.removeprefix(_PREFIX)
+def step_of(checkpoint: str | Path | None) -> int:
+    """The step of an intermediate checkpoint by its name; 0 for None, -1 for a folder of another name."""
+    if checkpoint is None:
+        return 0
+    number = Path(checkpoint).name.removeprefix(_PREFIX)
     return int(number) if number.isdigit() else -1
 
 

@@ -27,7 +27,7 @@ from model.data.problems import Problems
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
 from model.training.callbacks import JsonlLog, StatusLine, keep_tensorboard
-from model.training.checkpoints import RunIdentity, telling_what_is_safe
+from model.training.checkpoints import RunIdentity, step_of, telling_what_is_safe
 from model.training.data import load_data, step_batches
 from model.training.distributed import distributed_arguments, gathered_state, start_processes
 from model.training.folders import RunFolders
@@ -50,7 +50,8 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
 
     Returns:
         ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after
-        ``import model``), ``steps``, ``train_loss``, ``eval_loss`` (None without held-out data), ``seconds``,
+        ``import model``), ``steps``, ``train_loss`` (over the steps taken now, None if there
+        were none left), ``eval_loss`` (None without held-out data), ``seconds``,
         ``precision``, ``peak_memory_gb``, ``parameters`` (counts by part) and ``samples_left_out`` (counts by kind).
 
     Raises:
@@ -98,7 +99,8 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     arguments = training_arguments(recipe, folders, distributed_arguments(recipe, model, all_learn=all_learn))
     precision = "bf16" if arguments.bf16 else "fp32"
     prepare_language_model(model, recipe, precision)
-    identity = RunIdentity.of(recipe.to_dict(), ranks.num_processes, train_data.estimated_lengths())
+    # As it was resolved: a CPU's choice by the clock may fall the other way when the run goes on.
+    identity = RunIdentity.of({**recipe.to_dict(), "precision": precision}, ranks.num_processes, train_data.estimated_lengths())
     resume_from = folders.resume_from(identity)
     if ranks.is_main_process:
         folders.check_room(*checkpoint_sizes(model, arguments.save_strategy != SaveStrategy.NO))
@@ -124,7 +126,8 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     result = {
         "checkpoint": str(folders.checkpoint),
         "steps": outcome.global_step,
-        "train_loss": outcome.training_loss,
+        # A run that was stopped after its last step has none to take, and the Trainer's mean over none is 0.
+        "train_loss": outcome.training_loss if outcome.global_step > step_of(resume_from) else None,
         "eval_loss": eval_loss,
         "seconds": time.perf_counter() - start,
         "precision": precision,

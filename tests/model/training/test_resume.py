@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from model.instruction import SentenceEncoder
 from model.training import run
 from model.training.checkpoints import MANIFEST, CheckpointFolder, check_whole, telling_what_is_safe
+from model.training.precision import PrecisionChoice
 from model.training.recipe import LoraSettings
 from model.training.run import train
 
@@ -73,7 +74,9 @@ def test_a_resumed_run_ends_in_the_bits_of_a_straight_one(case, make_recipe, tmp
         train(make_recipe(2, **fields), callbacks=[stop])
     # What has been embedded is not embedded again.
     monkeypatch.setattr(SentenceEncoder, "encode", lambda *args: pytest.fail("embedded a second time"))
-    resumed = train(make_recipe(2, resume=True, **fields))["checkpoint"]
+    result = train(make_recipe(2, resume=True, **fields))
+    assert (result["train_loss"] is None) == (stop.step == 6)
+    resumed = result["checkpoint"]
     assert Path(resumed, WEIGHTS).read_bytes() == Path(expected, WEIGHTS).read_bytes()
     assert losses(resumed) == losses(expected)
     assert set(losses(resumed)) == {1, 2, 3, 4, 5, 6}
@@ -125,6 +128,15 @@ def test_another_plan_of_layers_is_refused(stopped, make_recipe):
     recipe.model.fusion = {**recipe.model.fusion, "num_groups": 4}
     with pytest.raises(ValueError, match=r"model.fusion.num_groups was 2, is 4"):
         train(recipe)
+
+
+def test_an_arithmetic_that_was_chosen_by_the_clock_is_the_one_that_goes_on(stopped, make_recipe, monkeypatch):
+    fields = {"max_steps": 4, "save_every": 1, "resume": True}
+    choices = {"auto": PrecisionChoice("bf16", "the clock"), "fp32": PrecisionChoice("fp32", "set by the recipe")}
+    monkeypatch.setattr(run, "choose_precision", lambda setting, device: choices[setting])
+    with pytest.raises(ValueError, match="precision was 'fp32', is 'bf16'"):
+        train(make_recipe(1, precision="auto", **fields))
+    assert train(make_recipe(1, precision="fp32", **fields))["steps"] == 4
 
 
 def test_other_data_are_refused(stopped, make_recipe, records, picture_folder):
