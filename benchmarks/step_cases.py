@@ -42,7 +42,7 @@ SMALL_TOWER = CLIP_L | {
     "num_attention_heads": 4,
     "image_size": 112,
 }
-SMALL = Setup("small Llama", 2, llama(256, 688, 4, 4, 4), SMALL_TOWER, 96, 128, 16, 4, 32)
+SMALL = Setup("small Llama", 2, llama(256, 688, 4, 4, 4, vocabulary=8192), SMALL_TOWER, 96, 128, 8, 4, 32)
 TINY_TOWER = CLIP_L | {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -217,7 +217,7 @@ def measure_loss(context: Context) -> None:
     elif context.device.type == "cuda":
         positions, width, vocabulary = 16 * 700, 4096, 32064
     else:
-        positions, width, vocabulary = 2 * 700, 256, 32064
+        positions, width, vocabulary = 2 * 700, 256, 8192
     labelled = round(0.18 * positions)
     sizes = {"positions": positions, "labelled": labelled, "width": width, "vocabulary": vocabulary}
     for name, learned_only, chunked in (
