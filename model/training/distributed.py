@@ -91,7 +91,7 @@ def distributed_arguments(recipe: TrainRecipe, model: nn.Module, *, all_learn: b
     config = read_config(recipe.distributed)
     if uses_deepspeed(recipe.distributed):
         # The state is that of start_processes: from the arguments alone accelerate finds no backend on a CPU.
-        return {"use_cpu": False, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
+        return {"use_cpu": on_cpu, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
     config["transformer_layer_cls_to_wrap"] = sorted({type(layer).__name__ for layer in model.model.language_model.layers})
     return {"use_cpu": on_cpu, "fsdp": True, "fsdp_config": config}
 

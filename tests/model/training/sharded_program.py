@@ -54,6 +54,8 @@ def main() -> None:
 
     def save_and_keep(recipe, trainer, *rest):
         kept["state"] = gathered_state(trainer)
+        buffers = trainer.accelerator.unwrap_model(trainer.model).buffers()
+        kept["buffers"] = sorted({str(buffer.dtype) for buffer in buffers if buffer.is_floating_point()})
         kept["wrapper"] = type(trainer.model_wrapped).__name__
         return save(recipe, trainer, *rest)
 

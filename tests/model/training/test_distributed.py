@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from model.data.batches import StepBatchSampler
 from model.training.distributed import CONFIGS, distributed_arguments, read_config, start_processes
 from model.training.folders import RunFolders
-from model.training.lora import load_adapters
-from model.training.recipe import LoraSettings, ModelSource
-from model.training.run import load_parts, train
+from model.training.lora import ADAPTER_FILE
+from model.training.recipe import LoraSettings
+from model.training.run import train
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,10 +80,12 @@ def runs(make_recipe_in, tmp_path_factory):
         add(way, distributed=way)
         add(f"{way} stopped", stop_at=2, output=f"{way}-2", distributed=way)
         add(f"{way} resumed", output=f"{way}-2", distributed=way, resume=True)
-    for way in ("ddp", "fsdp2"):
+    for way in ("ddp", "fsdp2", *(["zero3"] if WITH_DEEPSPEED else [])):
         lora = {"language_model_training": "lora", "lora": LORA, "frozen_weights": "fp32"}
         add(f"{way} lora", distributed=way, **lora)
     add("fsdp2 lora bf16", distributed="fsdp2", language_model_training="lora", lora=LORA, precision="bf16")
+    if WITH_DEEPSPEED:
+        add("zero3 bf16", distributed="zero3", precision="bf16")
     no_encoder = add("no encoder", language_model_training="frozen", balance_loss_weight=0.0)
     entries[-1]["recipe"]["model"] |= {"sentence_encoder": None, "fusion": {**no_encoder.model.fusion, "text_dim": 16}}
     stopped = recipe_of(make, output_dir=str(folder / "of one process"))
@@ -182,22 +185,37 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(runs):
 
 
 @pytest.mark.slow
-def test_adapters_under_fsdp2_are_those_of_ddp_and_are_merged_as_they_are(runs, new_model):
-    ddp, fsdp2 = runs("ddp lora"), runs("fsdp2 lora")
-    assert fsdp2["unsharded"] == 0
-    for entry, other in zip(ddp["logs"], fsdp2["logs"], strict=True):
+@pytest.mark.parametrize("way", [way for way in WAYS if way.values[0] in ("zero3", "fsdp2")])
+def test_sharded_adapters_are_those_of_ddp_and_are_merged_as_they_are(way, runs):
+    ddp, sharded = runs("ddp lora"), runs(f"{way} lora")
+    assert sharded["sharded"] > 0
+    for entry, other in zip(ddp["logs"], sharded["logs"], strict=True):
         if "loss" in entry:
             assert (entry["loss"], entry["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=2e-4)
-    checkpoint = Path(fsdp2["result"]["checkpoint"])
+    checkpoint = Path(sharded["result"]["checkpoint"])
     merged = AutoModelForImageTextToText.from_pretrained(checkpoint)
     for name, tensor in AutoModelForImageTextToText.from_pretrained(ddp["result"]["checkpoint"]).state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], tensor, atol=1e-3, rtol=0, msg=name)
-    base = load_parts(ModelSource(**new_model))[0]
-    load_adapters(base, checkpoint / "adapters")
-    layer = base.model.language_model.layers[0].self_attn.q_proj
-    expected = layer.base_layer.weight + layer.get_delta_weight("default")
-    torch.testing.assert_close(merged.model.language_model.layers[0].self_attn.q_proj.weight, expected, atol=1e-6, rtol=0)
-    assert (merged.model.language_model.layers[0].self_attn.q_proj.weight != layer.base_layer.weight).any()
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    adapters = load_file(checkpoint / "adapters" / ADAPTER_FILE)
+    down, up = (adapters[f"{name}.lora_{part}.weight"] for part in "AB")
+    expected = sharded["state"][f"{name}.base_layer.weight"] + up @ down * (LORA.alpha / LORA.r)
+    torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), expected, atol=1e-6, rtol=0)
+    assert up.any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WITH_DEEPSPEED, reason="deepspeed is not installed")
+def test_zero3_in_bf16_saves_the_optimizers_fp32_and_keeps_positions_in_fp32(runs):
+    seen = runs("zero3 bf16")
+    assert seen["buffers"] == ["torch.float32"]
+    losses = [entry["loss"] for entry in seen["logs"] if "loss" in entry]
+    assert losses == pytest.approx([entry["loss"] for entry in runs("ddp")["logs"] if "loss" in entry], rel=0.03)
+    for name, tensor in seen["state"].items():
+        learns = not name.startswith("model.vision_tower.")
+        assert tensor.dtype == (torch.float32 if learns else torch.bfloat16), name
+    weight = seen["state"]["model.multi_modal_projector.linear_1.weight"]
+    assert (weight != weight.bfloat16().float()).any()  # AdamW's small steps are there
 
 
 @pytest.mark.slow
