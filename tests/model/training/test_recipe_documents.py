@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from model.cli.main import main
 from model.cli.train import find_recipe, shipped_recipes
-from model.training.recipe import load_recipe
+from model.data.problems import MEANINGS
+from model.training.recipe import ProblemKind, load_recipe
 from model.training.recipe_fields import annotated_yaml, recipe_fields, reference_page
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,3 +59,24 @@ def test_the_command_lists_and_prints_recipes(capsys, tmp_path):
     assert "learning_rat" in capsys.readouterr().err
     assert main(["recipe", "--page"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_data_names_every_kind_of_problem():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(MEANINGS) == list(get_args(ProblemKind))
+
+
+def test_the_commands_of_the_page_of_data_are_read():
+    from model.cli import embed, preview
+
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    igva (.*)$", page, flags=re.MULTILINE)]
+    assert {command[0] for command in commands} == {"embed", "preview", "train"}
+    for name, *argv in commands:
+        if name == "embed":
+            embed._parser().parse_args(argv)
+            continue
+        flags = [flag for flag in argv if flag.startswith("--data.")]
+        load_recipe(find_recipe("igva-7b-stage2"), flags)
+        if name == "preview":
+            preview._parser().parse_known_args(argv)
