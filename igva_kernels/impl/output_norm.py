@@ -10,8 +10,7 @@ torch keeps too.
 backward reads that. dL/d(mix) of a row needs two sums over the row before its first element is known, and dL/d(weight, bias)
 sums over all rows: one pass for both would hold gradient, normalised row and partial sums of S*D channels, three times what
 the mix's backward holds beside it. It saves 2 M of the 4 M that move here, and none where the tower is frozen and only the
-norm learns (VipLlava), as then dL/d(mix) is not made. So it is torch's kernel on a GPU, and on a CPU the same in tiles that
-stay in the cache.
+norm learns (VipLlava), as then dL/d(mix) is not made. So it is torch's kernel; for 16-bit maps on a CPU, wide and in tiles.
 
 Shapes: B images, N patches, S slots, D width.
 """
@@ -24,6 +23,10 @@ from torch import Tensor
 from igva_kernels.impl.cpu_tiles import tiles
 from igva_kernels.impl.reference import accumulation_dtype
 from igva_kernels.output_norm import OutputNorm
+
+BACKWARD_TILE_ELEMENTS = 1 << 17
+"""Elements of a tile of the backward of 16-bit maps on a CPU, which makes a handful of wide copies of it: so small that these
+stay in the cache, and that their memory is used again. Fresh pages cost more than all arithmetic."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """dL/d(mix), dL/d(weight), dL/d(bias); None for what is not needed."""
@@ -53,17 +56,18 @@ def output_norm_backward(
 
     Returns:
         The gradients, in the dtypes of ``mixed`` and of the parameters. Sums over rows run in the accumulation dtype, in an
-        order that depends on shapes and, on a CPU, the number of threads.
+        order that depends on shapes and, on a CPU, on the number of threads.
     """
     needs = (needs[0], needs[1] and norm.weight is not None, needs[2] and norm.bias is not None)
-    if grad_out.device.type != "cpu":
+    wide = accumulation_dtype(mixed.dtype)
+    if grad_out.device.type != "cpu" or mixed.dtype == wide:
         grads = _rows_backward(grad_out.contiguous(), mixed, list(statistics), norm.weight, norm.bias, norm, needs)
         return _as_parameters(*grads, norm)
-    wide = accumulation_dtype(mixed.dtype)
+    # For 16-bit maps torch's own kernel for a CPU adds up the gradients of the parameters in 16 bits.
     weight, bias = (None if each is None else each.detach().to(wide) for each in (norm.weight, norm.bias))
     grad_mixed = mixed.new_empty(mixed.shape) if needs[0] else None
     grad_weight, grad_bias = (mixed.new_zeros(mixed.shape[2], dtype=wide) if need else None for need in needs[1:])
-    for tile in tiles(mixed):
+    for tile in tiles(mixed, BACKWARD_TILE_ELEMENTS):
         of_tile = [kept[tile].contiguous() for kept in statistics]
         grad_tile, mixed_tile = (each[tile].to(wide).contiguous() for each in (grad_out, mixed))
         to_mixed, to_weight, to_bias = _rows_backward(grad_tile, mixed_tile, of_tile, weight, bias, norm, needs)

@@ -170,11 +170,13 @@ def test_no_image_and_one_image(impl, batch, make_states, make_weights):
     assert weights.grad.shape == weights.shape and norm.weight.grad.isfinite().all()
 
 
-def test_tiles_of_any_size_give_the_same(monkeypatch, make_states, make_weights):
-    from igva_kernels.impl import cpu_tiles
+@pytest.mark.parametrize("form", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_any_size_give_the_same(dtype, form, monkeypatch, make_states, make_weights):
+    from igva_kernels.impl import cpu_tiles, output_norm
 
-    states, weights = make_states(TGIF, dtype=torch.float32), make_weights(TGIF, "per_token", dtype=torch.float32)
-    norm = cast(make_norm("layer", 6), torch.float32)
+    states, weights = make_states(TGIF, dtype=dtype), make_weights(TGIF, "per_token", dtype=torch.float32)
+    norm = cast(make_norm(form, 6), dtype)
     norm.weight.requires_grad_()
 
     def run():
@@ -184,6 +186,7 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, make_states, make_weights)
     whole, whole_grad = run()
     for elements in (1, 20, 60):
         monkeypatch.setattr(cpu_tiles, "TILE_ELEMENTS", elements)
+        monkeypatch.setattr(output_norm, "BACKWARD_TILE_ELEMENTS", elements)
         out, grad = run()
         torch.testing.assert_close(out, whole)
         torch.testing.assert_close(grad, whole_grad)
