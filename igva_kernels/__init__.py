@@ -8,6 +8,8 @@
 Importing this needs torch alone: neither triton nor a GPU nor transformers.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from igva_kernels.deformable import MultiScaleDeformableAttention, ms_deform_attn, multi_scale_deformable_attention
 from igva_kernels.functional import (
     GroupMeans,
@@ -21,6 +23,9 @@ from igva_kernels.functional import (
 from igva_kernels.output_norm import OutputNorm
 from igva_kernels.plan import FusionPlan, Layer, Mean, Weighted
 from igva_kernels.program import Norm
+
+if TYPE_CHECKING:
+    from igva_kernels.patching import patch
 
 __version__ = "0.1.0"
 
@@ -40,5 +45,15 @@ __all__ = [
     "mix",
     "ms_deform_attn",
     "multi_scale_deformable_attention",
+    "patch",
     "reduce_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``patch`` is imported when it is asked for: it brings the modules with it, which mixing layers does not need."""
+    if name != "patch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from igva_kernels.patching import patch
+
+    return patch

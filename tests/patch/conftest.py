@@ -1,6 +1,6 @@
 """Small stand-ins with the signatures of the public code bases, written from their formulas.
 
-They hold what :mod:`igva_kernels.patch` looks for and nothing else: the tower that returns hidden states, the configuration,
+They hold what :mod:`igva_kernels.patching` looks for and nothing else: the tower that returns hidden states, the configuration,
 and ``encode_images`` in the formulation of the release.
 """
 

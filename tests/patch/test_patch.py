@@ -15,8 +15,7 @@ from transformers import (
 )
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
-from igva_kernels import dispatch
-from igva_kernels.patch import patch
+from igva_kernels import dispatch, patch
 
 # The patched code sums in float32 and rounds once; the stand-ins run in float32, in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

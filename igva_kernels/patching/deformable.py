@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igva_kernels.deformable import ms_deform_attn, multi_scale_deformable_attention
 from igva_kernels.functional import Implementation
-from igva_kernels.patch.report import Replacement
+from igva_kernels.patching.report import Replacement
 
 _LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 _SIZES = ("d_model", "n_levels", "n_heads", "n_points")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from igva_kernels.functional import Implementation, fuse
-from igva_kernels.patch.report import Replacement
+from igva_kernels.patching.report import Replacement
 from igva_kernels.plan import FusionPlan, Layer, Mean
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.functional import Implementation, fuse, group_summaries
-from igva_kernels.patch.report import Replacement
+from igva_kernels.patching.report import Replacement
 from igva_kernels.plan import FusionPlan
 
 NUM_PREFIX_TOKENS = 1

@@ -1,8 +1,8 @@
 """Make models that exist use the kernels: one call, undone by another.
 
-    import igva_kernels.patch as igva_patch
+    import igva_kernels
 
-    report = igva_patch.patch(model)  # an official IGVA, DenseConnector or MMFuser model, or Llava / VipLlava of transformers
+    report = igva_kernels.patch(model)  # an official IGVA, DenseConnector or MMFuser model, or Llava / VipLlava of transformers
     print(report)  # what was replaced, and what was left and why
     report.undo()
 
@@ -17,11 +17,11 @@ from torch import nn
 
 from igva_kernels.checks import check_impl
 from igva_kernels.functional import Implementation
-from igva_kernels.patch.deformable import deformable_attention
-from igva_kernels.patch.dense_connector import dense_connector
-from igva_kernels.patch.igva import igva
-from igva_kernels.patch.layer_list import layer_list
-from igva_kernels.patch.report import Left, PatchReport, Replaced, Rule
+from igva_kernels.patching.deformable import deformable_attention
+from igva_kernels.patching.dense_connector import dense_connector
+from igva_kernels.patching.igva import igva
+from igva_kernels.patching.layer_list import layer_list
+from igva_kernels.patching.report import Left, PatchReport, Replaced, Rule
 
 __all__ = ["Left", "PatchReport", "Replaced", "patch"]
 
@@ -32,7 +32,7 @@ def patch(model: nn.Module, *, impl: Implementation = "auto") -> PatchReport:
     """Replace what the kernels can do in a model and its submodules.
 
     Args:
-        model: any module; the code bases that are known are named in :mod:`igva_kernels.patch`.
+        model: any module; the code bases that are known are named in :mod:`igva_kernels.patching`.
         impl: as for :func:`igva_kernels.fuse`.
 
     Returns:

@@ -67,7 +67,7 @@ class Left:
 
 @dataclass
 class PatchReport:
-    """What :func:`igva_kernels.patch.patch` did. Printed, it is one line an entry; as a context manager it undoes itself."""
+    """What :func:`igva_kernels.patch` did. Printed, it is one line an entry; as a context manager it undoes itself."""
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
