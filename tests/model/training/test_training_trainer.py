@@ -12,6 +12,7 @@ from model.data.batches import HeldOutBatchSampler
 from model.data.collator import ImageTextCollator
 from model.data.dataset import LlavaDataset
 from model.data.llava_json import samples_from_records
+from model.instruction import embed_instructions
 from model.training.callbacks import status_text
 from model.training.flops import StepFlops
 from model.training.freeze import apply_stage
@@ -26,7 +27,11 @@ def make_trainer(model_and_processor, picture_folder, make_record, tmp_path):
     turns = [make_record(f"{n}", "images/red.png", "<image>\nSay it.", "a" * n) for n in lengths[:-2]]
     turns.append(make_record("two", ["images/red.png", "images/blue.png"], "<image><image>\nBoth?", "b" * lengths[-2]))
     turns.append(make_record("text", None, "Say it.", "c" * lengths[-1]))
-    data = LlavaDataset(samples_from_records(turns, picture_folder), processor, embed=processor.encode_instructions)
+
+    def embed(conversations):
+        return embed_instructions(conversations, processor.encode_instructions)
+
+    data = LlavaDataset(samples_from_records(turns, picture_folder), processor, embed=embed)
 
     def make(micro_batch_size=8, accumulation=1, learning_rates=None, **options):
         trained = copy.deepcopy(model)
