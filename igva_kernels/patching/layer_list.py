@@ -1,7 +1,8 @@
 """Llava and VipLlava of transformers (5.10 to 5.23) with ``vision_feature_layer`` as a list: their ``get_image_features``.
 
 The concatenation itself moves the same bytes as ``torch.cat``. What is saved is the tuple of hidden states: the tower runs
-layer by layer, keeps the layers of the list alone, and stops after the last of them.
+layer by layer, keeps the layers of the list alone, and stops after the last of them. VipLlava's norm stays a call of its own:
+it is the first line of the projector's forward, which is the model's.
 """
 
 from __future__ import annotations
