@@ -2,14 +2,18 @@
 
 import os
 import signal
+import sys
 import threading
 import traceback
+from ctypes import c_void_p
 
 import pytest
 import torch
 
 from igva_kernels import FusionPlan
 from igva_kernels.impl import native
+from igva_kernels.impl.native.build import library
+from igva_kernels.impl.native.openmp import parallel_of_torch
 
 pytestmark = pytest.mark.usefixtures("_built")
 
@@ -86,6 +90,46 @@ def test_callers_on_several_threads_share_nothing(make_case, many_threads):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.fixture
+def own_pool():
+    """The threads of mix.c itself, as where torch's OpenMP runtime is not known."""
+    built = library()
+    built.igva_use_team(None)
+    yield
+    built.igva_use_team(c_void_p(parallel_of_torch()))
+
+
+def test_the_pool_gives_the_bits_of_torch_s_threads(make_case, many_threads, own_pool):
+    many_threads(3)
+    case = make_case(PLAN, tokens=100)
+    of_pool = run(case)
+    library().igva_use_team(c_void_p(parallel_of_torch()))
+    assert torch.equal(run(case), of_pool)
+
+
+def test_callers_on_several_threads_of_the_pool_share_nothing(make_case, many_threads, own_pool):
+    test_callers_on_several_threads_share_nothing(make_case, many_threads)
+
+
+def test_a_forked_child_has_no_threads_of_a_parent_with_a_pool(make_case, many_threads, own_pool):
+    test_a_forked_child_has_a_pool_of_its_own(make_case, many_threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the libraries of the process from /proc")
+def test_torch_s_threads_are_found_and_taken(make_case, many_threads):
+    if not torch.__config__.parallel_info().count("OpenMP"):
+        pytest.skip("this torch has no OpenMP")
+    assert parallel_of_torch() is not None
+    many_threads(3)
+    case = make_case(PLAN, tokens=60)
+    states = case.states[0]
+    states + states  # torch's threads are there now, whatever ran before
+    torch.randn(1 << 20).add_(1)
+    before = len(os.listdir("/proc/self/task"))
+    run(case)
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_one_thread_starts_no_other(make_case, many_threads):

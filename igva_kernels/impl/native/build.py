@@ -22,6 +22,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from igva_kernels.impl.native.openmp import parallel_of_torch
+
 SOURCE = Path(__file__).with_name("mix.c")
 """Includes the headers beside it."""
 
@@ -87,9 +89,11 @@ def library() -> ctypes.CDLL:
                 failures.append(f"{shlex.join(command)}: {_output_of(error)}")
                 continue
         try:
-            return ctypes.CDLL(str(path))
+            loaded = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"{path} cannot be loaded ({error}); is its file system mounted noexec?") from error
+        loaded.igva_use_team(ctypes.c_void_p(parallel_of_torch()))
+        return loaded
     raise Unavailable("the C compiler fails. " + " | ".join(failures))
 
 

@@ -125,17 +125,27 @@ INLINE int reaches_any(struct row_weights weights, const struct groups *groups, 
 
 INLINE float weight_of(struct row_weights weights, int64_t column) { return column == PLAIN ? 1.0f : weights.factor[column]; }
 
-/* The mean of a group's rows, each normalised if the group says so, into scratch; ``value`` has room for a row. */
+struct place {
+    int64_t group, row;
+};
+
+/* The mean of a group's rows, each normalised if the group says so, into scratch; ``value`` has room for a row. What is at
+ * ``next`` (a group that does not exist: nothing) will be wanted after it. */
 static void mean_row(const struct groups *groups, int64_t g, const struct map *maps, int type, int64_t image, int64_t row,
-                     int64_t width, float *mean, float *value)
+                     int64_t width, float *mean, float *value, struct place next)
 {
     const int64_t *member = groups->member + groups->member_start[g];
     const int64_t count = groups->member_start[g + 1] - groups->member_start[g];
     const float scale = (float)(1.0 / (double)count);
     if (groups->norm[g].kind == NO_NORM) {
-        const char *from[count];
-        for (int64_t m = 0; m < count; m++) from[m] = row_of(maps + member[m], image, row);
-        sum_rows(type, from, count, width, mean, scale);
+        const char *from[count], *ahead[count];
+        for (int64_t m = 0; m < count; m++) ahead[m] = from[m] = row_of(maps + member[m], image, row);
+        if (next.group < groups->count) {
+            const int64_t *later = groups->member + groups->member_start[next.group];
+            const int64_t num_later = groups->member_start[next.group + 1] - groups->member_start[next.group];
+            for (int64_t m = 0; m < count && m < num_later; m++) ahead[m] = row_of(maps + later[m], image, next.row);
+        }
+        sum_rows(type, from, ahead, count, width, mean, scale);
         return;
     }
     for (int64_t m = 0; m < count; m++) {
@@ -209,7 +219,9 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
         for (int64_t r = 0; r < chunk.num_rows && g < groups->count; r++) {
             const int64_t row = chunk.first_row + r;
             if (g >= job->num_means && !reaches_any(weights[r], groups, g)) continue;
-            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value);
+            const struct place next =
+                r + 1 < chunk.num_rows ? (struct place){g, row + 1} : (struct place){g + 1, chunk.first_row};
+            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value, next);
             if (g < job->num_means) {
                 char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes_of_mean;
                 FOR_TYPE(job->mean_type, stream_row(TYPE, to, mean, width));
@@ -308,7 +320,7 @@ static void weight_gradients(const struct backward *job, int64_t image, int64_t 
         const int64_t first = groups->member_start[g];
         const struct map *only = groups->member_start[g + 1] - first == 1 && groups->norm[g].kind == NO_NORM ? job->maps + groups->member[first] : NULL;
         if (!reaches_any(weights, groups, g)) continue;
-        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean, value);
+        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean, value, (struct place){g + 1, row});
         for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
             const float *cotangent = cotangents + groups->use_slot[u] * stride;
             double *product = products + groups->use_column[u];

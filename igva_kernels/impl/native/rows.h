@@ -2,16 +2,19 @@
 
 #include <math.h>
 
-enum { MAX_STREAMS = 8 };
+enum { MAX_STREAMS = 8, CACHE_LINE = 64 };
 
 INLINE int64_t padded(int64_t width) { return (width + STEP - 1) / STEP * STEP; }
 
-INLINE void sum_streams(int type, int streams, const char *const *from, int64_t width, float *sum, int first, float scale)
+INLINE void sum_streams(int type, int streams, const char *const *from, const char *const *next, int64_t width, float *sum,
+                        int first, float scale)
 {
-    const char *stream[MAX_STREAMS];
-    for (int s = 0; s < streams; s++) stream[s] = from[s];
+    const char *stream[MAX_STREAMS], *ahead[MAX_STREAMS];
+    for (int s = 0; s < streams; s++) stream[s] = from[s], ahead[s] = next[s];
     const floats factor = splat(scale);
     for (int64_t index = 0; index < width; index += STEP) {
+        if (index * size_of(type) % CACHE_LINE == 0)
+            for (int s = 0; s < streams; s++) __builtin_prefetch(ahead[s] + index * size_of(type));
         step total = load(type, stream[0], index, STEP);
         if (!first) total = add(load_scratch(sum, index), in_order(type, total)); /* that sum is in order, so all must be */
         for (int s = 1; s < streams; s++) {
@@ -24,15 +27,15 @@ INLINE void sum_streams(int type, int streams, const char *const *from, int64_t 
 }
 
 /* sum = scale * ((sum if not first) + from[0] + from[1] + ...), added in this order; whole steps. */
-static __attribute__((noinline)) void sum_steps(int type, int streams, const char *const *from, int64_t width, float *sum,
-                                                int first, float scale)
+static __attribute__((noinline)) void sum_steps(int type, int streams, const char *const *from, const char *const *next,
+                                                int64_t width, float *sum, int first, float scale)
 {
 #define SUM_STREAMS(n)                                                                           \
     case n:                                                                                      \
         if (first)                                                                               \
-            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 1, scale));                    \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, next, width, sum, 1, scale));                    \
         else                                                                                     \
-            FOR_TYPE(type, sum_streams(TYPE, n, from, width, sum, 0, scale));                    \
+            FOR_TYPE(type, sum_streams(TYPE, n, from, next, width, sum, 0, scale));                    \
         break;
     switch (streams) {
         SUM_STREAMS(1)
@@ -45,8 +48,11 @@ static __attribute__((noinline)) void sum_steps(int type, int streams, const cha
 #undef SUM_STREAMS
 }
 
-/* sum = scale * (from[0] + from[1] + ...), added in this order. */
-static void sum_rows(int type, const char *const *from, int64_t streams, int64_t width, float *sum, float scale)
+/* sum = scale * (from[0] + from[1] + ...), added in this order. Rows of ``next`` come after these, one a stream: a row is about a
+ * page, and the processor's own prefetchers begin anew with each: asking for the next ones is worth 1.2 to 1.5 times where
+ * the maps are larger than the caches (two cores, AVX2, B = 4), and nothing at B = 1. */
+static void sum_rows(int type, const char *const *from, const char *const *next, int64_t streams, int64_t width, float *sum,
+                     float scale)
 {
     const int64_t whole = width / STEP * STEP, rest = (width - whole) * size_of(type);
     int now = 0;
@@ -54,12 +60,12 @@ static void sum_rows(int type, const char *const *from, int64_t streams, int64_t
         const int64_t left = streams - done;
         now = left >= MAX_STREAMS ? MAX_STREAMS : left >= 6 ? 6 : left == 5 ? 4 : (int)left;
         const float factor = now == left ? scale : 1.0f;
-        sum_steps(type, now, from + done, whole, sum, done == 0, factor);
+        sum_steps(type, now, from + done, next + done, whole, sum, done == 0, factor);
         if (rest) {
             char ends[MAX_STREAMS][STEP * 4] = {{0}};
             const char *end[MAX_STREAMS];
             for (int s = 0; s < now; s++) end[s] = memcpy(ends[s], from[done + s] + whole * size_of(type), (size_t)rest);
-            sum_steps(type, now, end, STEP, sum + whole, done == 0, factor);
+            sum_steps(type, now, end, end, STEP, sum + whole, done == 0, factor);
         }
     }
 }

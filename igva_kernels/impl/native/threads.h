@@ -3,11 +3,26 @@
 #include <pthread.h>
 #include <signal.h>
 
-/* A pool that outlives the calls: waking a thread takes 5 microseconds, creating one 50 and a wait for a free core.
- * One caller at a time has it; another that comes meanwhile works alone, which is right as well, since the cores are taken.
- * A forked child has none of its parent's threads, so it starts with an empty pool. */
-
 typedef void (*work)(void *job, int64_t worker);
+
+/* Those of the program's OpenMP runtime, where it is known (openmp.py): beside threads that wait actively no core is idle.
+ * A forked child has none of its parent's threads, and the runtime does not know it. */
+static void (*team)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+struct shared {
+    work run;
+    void *job;
+    int64_t next_worker;
+};
+
+static void join_team(void *data)
+{
+    struct shared *shared = data;
+    shared->run(shared->job, __atomic_fetch_add(&shared->next_worker, 1, __ATOMIC_RELAXED));
+}
+
+/* Else a pool that outlives the calls: waking a thread takes 5 microseconds, creating one 50 and a wait for a free core.
+ * One caller at a time has it; another that comes meanwhile works alone, which is right as well, since the cores are taken. */
 
 struct pool {
     pthread_mutex_t caller, lock;
@@ -26,13 +41,21 @@ struct pool {
 static struct pool pool = EMPTY_POOL;
 static pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
 
-static void empty_pool(void)
+static void forget_threads(void)
 {
     const struct pool empty = EMPTY_POOL;
     pool = empty;
+    team = NULL;
 }
 
-static void install_fork_handler(void) { pthread_atfork(NULL, NULL, empty_pool); }
+static void install_fork_handler(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
+/* The runtime's entry point; null for a pool of our own. */
+void igva_use_team(void *parallel)
+{
+    pthread_once(&fork_handler, install_fork_handler);
+    memcpy(&team, &parallel, sizeof team);
+}
 
 static void *serve(void *unused)
 {
@@ -74,6 +97,11 @@ static void run_on(int64_t threads, work run, void *job)
 {
     if (threads < 2) {
         run(job, 0);
+        return;
+    }
+    if (team) {
+        struct shared shared = {run, job, 0};
+        team(join_team, &shared, (unsigned)threads, 0);
         return;
     }
     pthread_once(&fork_handler, install_fork_handler);
