@@ -22,6 +22,7 @@ _COMMANDS = (
     ("chat", "model.cli.chat", "a conversation about pictures in the terminal"),
     ("explain", "model.cli.explain", "which layer groups each instruction uses: table, heat map, JSON"),
     ("evaluate", "model.cli.evaluate", "exact match of a trained model on a LLaVA JSON file"),
+    ("plan", "model.cli.plan", "memory of a recipe's step, and the largest batch for a card, before anything is loaded"),
     ("embed", "model.cli.embed", "embed the instructions of a LLaVA JSON file ahead of a run"),
     ("convert", "model.cli.convert", "checkpoints of other code bases to ours and back"),
     ("doctor", "model.cli.doctor", "versions, devices, and which implementation will run and why"),

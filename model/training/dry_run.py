@@ -23,8 +23,8 @@ from model.training.data import plain_dataset, step_batches
 from model.training.freeze import FreezeReport, apply_stage
 from model.training.lora import add_lora
 from model.training.parameter_groups import ALLOCATOR, PROJECTOR, parameter_groups
-from model.training.parts import architecture, load_processor
-from model.training.recipe import SMOKE_STEPS, ModelSource, TrainRecipe, load_recipe
+from model.training.parts import architecture_of_run, load_processor
+from model.training.recipe import SMOKE_STEPS, TrainRecipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,7 +96,11 @@ def dry_run(recipe: TrainRecipe, num_processes: int = 1, shipped: Mapping[str, P
     except ValueError as error:
         found.obstacles.append(str(error))
     try:
-        config = _architecture(recipe.model, shipped or {}, found)
+        config, maker = architecture_of_run(recipe.model, shipped or {})
+        if maker is not None:
+            found.notes.append(
+                f"model.checkpoint {recipe.model.checkpoint} is not there yet: taken as the recipe {maker} makes it"
+            )
         _check_model(recipe, config, found)
     except (ValueError, OSError, ImportError) as error:
         found.obstacles.append(f"model: {_short(error)}")
@@ -108,18 +112,6 @@ def dry_run(recipe: TrainRecipe, num_processes: int = 1, shipped: Mapping[str, P
     for text in _folder_obstacles(recipe):
         found.obstacles.append(text)
     return found
-
-
-def _architecture(source: ModelSource, shipped: Mapping[str, Path], found: DryRun) -> IgvaLlavaConfig:
-    if source.checkpoint is not None and not Path(source.checkpoint).exists():
-        for name, path in shipped.items():
-            maker = load_recipe(path)
-            if maker.output_dir == source.checkpoint:
-                found.notes.append(
-                    f"model.checkpoint {source.checkpoint} is not there yet: taken as the recipe {name} makes it"
-                )
-                return _architecture(maker.model, shipped, found)
-    return architecture(source)
 
 
 def _check_model(recipe: TrainRecipe, config: IgvaLlavaConfig, found: DryRun) -> None:

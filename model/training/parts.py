@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from model.instruction import SentenceEncoder
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
 from model.training.folders import require_checkpoint
-from model.training.recipe import ModelSource
+from model.training.recipe import ModelSource, load_recipe
 
 
 def _vicuna(hidden_size: int, intermediate_size: int, num_layers: int) -> LlamaConfig:
@@ -126,6 +127,24 @@ def architecture(source: ModelSource) -> IgvaLlavaConfig:
         projector_input_norm=source.projector_input_norm,
         projector_output_norm=source.projector_output_norm,
     )
+
+
+def architecture_of_run(source: ModelSource, shipped: Mapping[str, Path]) -> tuple[IgvaLlavaConfig, str | None]:
+    """As :func:`architecture`; for a checkpoint that is not there yet, that of the shipped recipe that makes it.
+
+    Args:
+        source: of the recipe.
+        shipped: recipes by name.
+
+    Returns:
+        The configuration, and the name of that recipe, or None.
+    """
+    if source.checkpoint is not None and not Path(source.checkpoint).exists():
+        for name, path in shipped.items():
+            maker = load_recipe(path)
+            if maker.output_dir == source.checkpoint:
+                return architecture_of_run(maker.model, shipped)[0], name
+    return architecture(source), None
 
 
 def _named_parts(source: ModelSource) -> tuple[str, str]:
