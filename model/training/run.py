@@ -27,6 +27,7 @@ from model.data.problems import Problems
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
 from model.training.callbacks import JsonlLog, StatusLine, keep_tensorboard
+from model.training.card import model_card
 from model.training.checkpoints import RunIdentity, step_of, telling_what_is_safe
 from model.training.data import load_data, step_batches
 from model.training.distributed import distributed_arguments, gathered_state, start_processes
@@ -264,6 +265,8 @@ def save_checkpoint(
             state = merged_state(model, state)
         model.save_pretrained(folders.staging, state_dict=state)
         processor.save_pretrained(folders.staging)
+        card = model_card(recipe, model.config, result, processor.instruction_policy)
+        (folders.staging / "README.md").write_text(card, encoding="utf-8")
         trainer.state.save_to_json(str(folders.records / "trainer_state.json"))
         (folders.records / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
         (folders.records / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
