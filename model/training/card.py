@@ -88,8 +88,8 @@ def model_card(recipe: TrainRecipe, config: IgvaLlavaConfig, result: dict[str, A
         "A vision-language model that fuses the layers of its vision tower, trained with igva-kernels.\n\n"
         f"{_LOADING}\n## How it was made\n\n| | |\n|---|---|\n{rows}\n\n"
         f"| part | parameters that learned | that did not |\n|---|---|---|\n{counts}\n{adapters}\n"
-        "The whole recipe, the log and the result are in `training/`. Nothing was measured beyond the losses above; for accuracy "
-        "run `igva evaluate`.\n"
+        "The whole recipe, the log and the result are in `training/`. Nothing was measured beyond the losses above; for "
+        "accuracy run `igva evaluate`.\n"
     )
 
 

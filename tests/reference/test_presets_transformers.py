@@ -69,7 +69,8 @@ def test_vip_llavas_layers_and_its_norm():
     ours = VipLlavaFusion(plan, 8, eps=config.projector_layernorm_eps)
     ours.load_state_dict({f"projector_layernorm.{name}": value for name, value in theirs.state_dict().items()})
     with torch.no_grad():
-        assert torch.equal(ours(states, num_prefix_tokens=1), normalised)
+        # Sums of 40 channels in another order: a few roundings of values near 1.
+        torch.testing.assert_close(ours(states, num_prefix_tokens=1), normalised, rtol=1e-5, atol=1e-5)
 
 
 def test_mllamas_final_state_and_interleaved_layers():
