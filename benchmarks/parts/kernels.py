@@ -40,10 +40,6 @@ device time, host time, GB/s of the least bytes, share of the copy bandwidth, pe
 group summaries and the weight allocator at B = 1 and 16; the kernel's launch settings, swept."""
 
 EAGER, COMPILE, AUTOTUNE, OURS = "official eager", "torch.compile", "torch.compile max-autotune", "igva_kernels"
-
-INTO_MEMORY = "igva_kernels into old memory"
-"""The compiled CPU kernel with an output that is there already, as the copy's is that gives the bandwidth: a fresh one has its
-pages faulted in and zeroed by the system in every call, since the C library gives large blocks back to it."""
 SEED = 20261123
 
 
@@ -70,11 +66,10 @@ def jobs(device: torch.device, tiny: bool) -> Iterator[Job]:
         for batch in (1, 4):
             for dtype in (torch.float32, torch.bfloat16):
                 for mode in modes:
-                    more = (INTO_MEMORY,) if mode == "forward" else ()
-                    yield Job(FuseCase(CLIP_L_336, batch, dtype, mode=mode), (*with_compile, *more))
+                    yield Job(FuseCase(CLIP_L_336, batch, dtype, mode=mode), with_compile)
                 yield Job(FuseCase(CLIP_L_336, batch, dtype, stage=1), with_compile)
         for dtype in (torch.float32, torch.bfloat16):  # the other modes are more of the same
-            yield Job(FuseCase(CLIP_L_336, 16, dtype), (OURS, EAGER, INTO_MEMORY))
+            yield Job(FuseCase(CLIP_L_336, 16, dtype), plain)
         return
     everything = (*with_compile, AUTOTUNE)
     bf16 = torch.bfloat16
@@ -132,33 +127,9 @@ def fuse_variant(case: FuseCase, name: str) -> Variant:
     if name == OURS:
         plan = tower.plan(case.stage)
         return lambda inputs: fuse(inputs.hidden_states, plan, inputs.weights, num_prefix_tokens=tower.num_prefix_tokens)
-    if name == INTO_MEMORY:
-        return into_memory(case)
     function = compiled(official_fuse, None if name == COMPILE else "max-autotune-no-cudagraphs")
     base = tower.num_layers - 1
     return lambda inputs: function(inputs.hidden_states, tower.groups, base, inputs.weights, tower.num_prefix_tokens)
-
-
-def into_memory(case: FuseCase) -> Variant:
-    """The forward of the compiled CPU kernel into one output for all calls."""
-    from igva_kernels.impl import native
-
-    plan = case.tower.plan(case.stage)
-    layout = native.forward_layout(plan.program)
-    out: list[Tensor] = []
-
-    def forward(inputs: FuseInputs) -> Tensor:
-        states = [inputs.hidden_states[layer] for layer in plan.sources]
-        batch, tokens, width = states[0].shape
-        if not out:
-            shape = (batch, tokens - case.tower.num_prefix_tokens, plan.num_slots * width)
-            out.append(torch.zeros(shape, dtype=case.dtype))
-        weights = None if inputs.weights is None else inputs.weights.float()
-        factors = native._Factors(weights, None, plan.program.num_weights)
-        native._run_forward(states, factors, layout, case.tower.num_prefix_tokens, out[0], out[0].new_empty(0), 0)
-        return out[0]
-
-    return forward
 
 
 def checked_closures(case: FuseCase, variant: Variant, sets: Sequence[FuseInputs]) -> list[Closure]:
