@@ -89,7 +89,7 @@ wheel-test: install  ## build the wheel and run the library's tests on its insta
 quickstart: $(VENV)/.quickstart  ## train IGVA on real images on a CPU, about 15 minutes
 	$(RUN) -m model quickstart
 
-compare: $(VENV)/.quickstart  ## LLaVA-1.5, DenseConnector, MMFuser and IGVA on the quickstart's task (25 minutes by estimate)
+compare: $(VENV)/.quickstart  ## LLaVA-1.5, DenseConnector, MMFuser and IGVA on the quickstart's task, about 25 minutes
 	$(RUN) -m model compare
 
 $(VENV)/.quickstart: setup.py constraints.txt model/quickstart/requirements.txt
