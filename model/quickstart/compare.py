@@ -5,9 +5,9 @@ features → stage 2 with LoRA → evaluation. What is equal: parts, pictures, q
 follows from the fusion: the projector's width, and what else the fusion learns. MMFuser's block begins as the identity on the
 layer that LLaVA takes, so its projector begins as LLaVA's warm one; the others each have their own warm start.
 
-Measured on two AVX2 cores: 24 min 34 s for the four of the paper. A fusion takes 6 to 7 minutes: 80 s for 1,400 pictures through
-the tower and 600 steps of the warm start, 240 s for 100 steps of stage 2 with half the quickstart's batch, 50 s for the
-evaluation, the rest for loading and saving.
+Measured on two AVX2 cores: 24 min 34 s for the four of the paper. A fusion takes 6 to 7 minutes: 80 s for 1,400 pictures
+through the tower and 600 steps of the warm start, 240 s for 100 steps of stage 2 with half the quickstart's batch, 50 s for
+the evaluation, the rest for loading and saving.
 """
 
 from __future__ import annotations
