@@ -38,6 +38,16 @@ def exit_status_of_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.fixture(params=["torch's threads", "the pool"])
+def _threads(request):
+    """Whose threads work: those of torch's OpenMP runtime, or, as where that is not known, those of mix.c itself."""
+    built = library()
+    built.igva_use_team(c_void_p(None if request.param == "the pool" else parallel_of_torch()))
+    yield
+    built.igva_use_team(c_void_p(parallel_of_torch()))
+
+
+@pytest.mark.usefixtures("_threads")
 def test_a_forked_child_has_a_pool_of_its_own(make_case, many_threads):
     many_threads(3)
     case = make_case(PLAN, tokens=60)
@@ -52,6 +62,7 @@ def test_a_forked_child_has_a_pool_of_its_own(make_case, many_threads):
     assert torch.equal(run(case), expected)
 
 
+@pytest.mark.usefixtures("_threads")
 def test_a_child_forked_while_another_thread_works(make_case, many_threads):
     many_threads(3)
     case = make_case(PLAN, tokens=200, width=256)
@@ -73,6 +84,7 @@ def test_a_child_forked_while_another_thread_works(make_case, many_threads):
     assert torch.equal(run(case), expected)
 
 
+@pytest.mark.usefixtures("_threads")
 def test_callers_on_several_threads_share_nothing(make_case, many_threads):
     many_threads(3)
     cases = [make_case(PLAN, torch.bfloat16, tokens=100) for _ in range(4)]
@@ -92,29 +104,16 @@ def test_callers_on_several_threads_share_nothing(make_case, many_threads):
     assert not wrong
 
 
-@pytest.fixture
-def own_pool():
-    """The threads of mix.c itself, as where torch's OpenMP runtime is not known."""
-    built = library()
-    built.igva_use_team(None)
-    yield
-    built.igva_use_team(c_void_p(parallel_of_torch()))
-
-
-def test_the_pool_gives_the_bits_of_torch_s_threads(make_case, many_threads, own_pool):
+def test_the_pool_gives_the_bits_of_torch_s_threads(make_case, many_threads):
     many_threads(3)
     case = make_case(PLAN, tokens=100)
-    of_pool = run(case)
-    library().igva_use_team(c_void_p(parallel_of_torch()))
-    assert torch.equal(run(case), of_pool)
-
-
-def test_callers_on_several_threads_of_the_pool_share_nothing(make_case, many_threads, own_pool):
-    test_callers_on_several_threads_share_nothing(make_case, many_threads)
-
-
-def test_a_forked_child_has_no_threads_of_a_parent_with_a_pool(make_case, many_threads, own_pool):
-    test_a_forked_child_has_a_pool_of_its_own(make_case, many_threads)
+    of_torch = run(case)
+    library().igva_use_team(None)
+    try:
+        of_pool = run(case)
+    finally:
+        library().igva_use_team(c_void_p(parallel_of_torch()))
+    assert torch.equal(of_pool, of_torch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the libraries of the process from /proc")
@@ -124,9 +123,7 @@ def test_torch_s_threads_are_found_and_taken(make_case, many_threads):
     assert parallel_of_torch() is not None
     many_threads(3)
     case = make_case(PLAN, tokens=60)
-    states = case.states[0]
-    states + states  # torch's threads are there now, whatever ran before
-    torch.randn(1 << 20).add_(1)
+    torch.randn(1 << 20).add_(1)  # torch's threads are there now, whatever ran before
     before = len(os.listdir("/proc/self/task"))
     run(case)
     assert len(os.listdir("/proc/self/task")) == before

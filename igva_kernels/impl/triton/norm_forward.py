@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from igva_kernels.impl.triton import launch
-from igva_kernels.impl.triton.launch import Streams, Tile, accumulator_of, device_of, sharing_of
+from igva_kernels.impl.triton.launch import Streams, Tile, device_of
 from igva_kernels.impl.triton.replay import launch_recorded
-from igva_kernels.impl.triton.row_forward import mix_row
+from igva_kernels.impl.triton.row_forward import mix_row, row_constants
 from igva_kernels.impl.triton.row_tiles import (
     load_row,
     mean_over_row,
@@ -179,22 +178,5 @@ def launch_normalised_forward(
             num_rows,
             KIND=norm.kind,
             EPS=norm.eps,
-            SCHEDULE=schedule if selected is None else selected.forward,
-            STRIDE_OF=streams.stride_of,
-            NUM_MEANS=0 if means is None else means.shape[0],
-            SHARING=sharing_of(weights, indices),
-            CHOSEN=0 if indices is None else indices.shape[2],
-            SELECTED=() if selected is None else selected.sources,
-            SELECTED_SLOT=0 if selected is None else selected.slot,
-            SELECTED_GROUP=0 if selected is None else selected.group,
-            FIRST_ROW=first_row,
-            D=tile.width,
-            ACC=accumulator_of(*(state.dtype for state in streams.states)),
-            BLOCK=tile.block,
-            VEC=tile.vec,
-            PIECES=tile.pieces,
-            EVICT_FIRST=True,  # nobody reads the states again while they could still be in L2
-            PIN=launch.pinning(),
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,  # see tiles.py
+            **row_constants(streams, weights, indices, means, schedule, selected, tile, first_row),
         )

@@ -6,6 +6,8 @@ written once; the same terms in the same order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -213,22 +215,38 @@ def launch_row_forward(
             means,
             streams.batch_strides,
             num_rows,
-            SCHEDULE=schedule if selected is None else selected.forward,
-            STRIDE_OF=streams.stride_of,
-            NUM_MEANS=0 if means is None else means.shape[0],
-            SHARING=sharing_of(weights, indices),
-            CHOSEN=0 if indices is None else indices.shape[2],
-            SELECTED=() if selected is None else selected.sources,
-            SELECTED_SLOT=0 if selected is None else selected.slot,
-            SELECTED_GROUP=0 if selected is None else selected.group,
-            FIRST_ROW=first_row,
-            D=tile.width,
-            ACC=accumulator_of(*(state.dtype for state in streams.states)),
-            BLOCK=tile.block,
-            VEC=tile.vec,
-            PIECES=tile.pieces,
-            EVICT_FIRST=True,  # nobody reads the states again while they could still be in L2
-            PIN=launch.pinning(),
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,  # see tiles.py
+            **row_constants(streams, weights, indices, means, schedule, selected, tile, first_row),
         )
+
+
+def row_constants(
+    streams: Streams,
+    weights: Tensor | None,
+    indices: Tensor | None,
+    means: Tensor | None,
+    schedule: Schedule,
+    selected: Selection | None,
+    tile: Tile,
+    first_row: int,
+) -> dict[str, Any]:
+    """What the kernels that mix row by row are compiled for; arguments as for :func:`launch_row_forward`."""
+    return {
+        "SCHEDULE": schedule if selected is None else selected.forward,
+        "STRIDE_OF": streams.stride_of,
+        "NUM_MEANS": 0 if means is None else means.shape[0],
+        "SHARING": sharing_of(weights, indices),
+        "CHOSEN": 0 if indices is None else indices.shape[2],
+        "SELECTED": () if selected is None else selected.sources,
+        "SELECTED_SLOT": 0 if selected is None else selected.slot,
+        "SELECTED_GROUP": 0 if selected is None else selected.group,
+        "FIRST_ROW": first_row,
+        "D": tile.width,
+        "ACC": accumulator_of(*(state.dtype for state in streams.states)),
+        "BLOCK": tile.block,
+        "VEC": tile.vec,
+        "PIECES": tile.pieces,
+        "EVICT_FIRST": True,  # nobody reads the states again while they could still be in L2
+        "PIN": launch.pinning(),
+        "num_warps": tile.num_warps,
+        "enable_fp_fusion": False,  # see tiles.py
+    }

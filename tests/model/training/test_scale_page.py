@@ -25,7 +25,9 @@ def commands():
 
 
 def test_python_runs():
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE):
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert blocks  # and each asserts what it shows
+    for block in blocks:
         exec(compile(block, "docs/scale.md", "exec"), {})
 
 
