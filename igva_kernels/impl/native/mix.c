@@ -129,10 +129,10 @@ struct place {
     int64_t group, row;
 };
 
-/* The mean of a group's rows, each normalised if the group says so, into scratch; ``value`` has room for a row. What is at
- * ``next`` (a group that does not exist: nothing) will be wanted after it. */
+/* The mean of a group's rows, each normalised if the group says so, to ``target``, which is ``mean`` if there are norms; ``mean``
+ * and ``value`` have room for a row. What is at ``next`` (a group that does not exist: nothing) will be wanted after it. */
 static void mean_row(const struct groups *groups, int64_t g, const struct map *maps, int type, int64_t image, int64_t row,
-                     int64_t width, float *mean, float *value, struct place next)
+                     int64_t width, float *mean, float *value, struct target target, struct place next)
 {
     const int64_t *member = groups->member + groups->member_start[g];
     const int64_t count = groups->member_start[g + 1] - groups->member_start[g];
@@ -145,7 +145,7 @@ static void mean_row(const struct groups *groups, int64_t g, const struct map *m
             const int64_t num_later = groups->member_start[next.group + 1] - groups->member_start[next.group];
             for (int64_t m = 0; m < count && m < num_later; m++) ahead[m] = row_of(maps + later[m], image, next.row);
         }
-        sum_rows(type, from, ahead, count, width, mean, scale);
+        sum_rows(type, from, ahead, count, width, mean, scale, target);
         return;
     }
     for (int64_t m = 0; m < count; m++) {
@@ -196,7 +196,7 @@ static void store_normalised(const struct forward *job, struct chunk chunk, int6
         const float *weight = job->norm_weight ? job->norm_weight + slot * width : NULL;
         const float *bias = job->norm_bias ? job->norm_bias + slot * width : NULL;
         scale_and_shift(first + slot * part, weight, bias, width);
-        FOR_TYPE(job->out_type, store_row(TYPE, job->out + (row * num_slots + slot) * bytes, first + slot * part, width));
+        FOR_TYPE(job->out_type, stream_row(TYPE, job->out + (row * num_slots + slot) * bytes, first + slot * part, width));
     }
 }
 
@@ -212,6 +212,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
     char reached[chunk.num_rows * columns + 1];
     char begun[chunk.num_rows * num_slots + 1]; /* sums to which something has been added */
     struct row_weights weights[chunk.num_rows];
+    const struct target stored = {mean, STORED, 1.0f};
     memset(begun, 0, sizeof begun);
     for (int64_t r = 0; r < chunk.num_rows; r++)
         weights[r] = weights_of_row(&job->weights, chunk.image, chunk.first_row + r, factors + r * columns, reached + r * columns);
@@ -221,7 +222,17 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
             if (g >= job->num_means && !reaches_any(weights[r], groups, g)) continue;
             const struct place next =
                 r + 1 < chunk.num_rows ? (struct place){g, row + 1} : (struct place){g + 1, chunk.first_row};
-            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value, next);
+            const int64_t first = groups->use_start[g], only = groups->use_start[g + 1] == first + 1;
+            if (only && g >= job->num_means && groups->norm[g].kind == NO_NORM) {
+                const int64_t slot = groups->use_slot[first];
+                char *const has_begun = begun + r * num_slots + slot;
+                const struct target sum = {sums + (slot * job->shape.rows_per_chunk + r) * stride, *has_begun ? ADDED : WEIGHTED,
+                                           weight_of(weights[r], groups->use_column[first])};
+                mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value, sum, next);
+                *has_begun = 1;
+                continue;
+            }
+            mean_row(groups, g, job->sources, (int)job->in_type, chunk.image, row, width, mean, value, stored, next);
             if (g < job->num_means) {
                 char *to = job->means + ((g * job->shape.batch + chunk.image) * rows + row) * bytes_of_mean;
                 FOR_TYPE(job->mean_type, stream_row(TYPE, to, mean, width));
@@ -240,7 +251,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
                 const char *from = row_of(job->sources + job->copy_source[c], chunk.image, chunk.first_row + r);
                 const int64_t slot = job->copy_slot[c];
                 if (job->norm.kind == NO_NORM) {
-                    memcpy(out + (r * num_slots + slot) * bytes, from, (size_t)bytes);
+                    stream_copy(out + (r * num_slots + slot) * bytes, from, bytes);
                     continue;
                 }
                 FOR_TYPE(job->copy_type, load_row(TYPE, from, sums + (slot * job->shape.rows_per_chunk + r) * stride, width));
@@ -253,7 +264,7 @@ static void forward_chunk(const struct forward *job, struct chunk chunk, float *
             char *to = out + (r * num_slots + slot) * bytes;
             const float *sum = sums + (slot * job->shape.rows_per_chunk + r) * stride;
             if (begun[r * num_slots + slot])
-                FOR_TYPE(job->out_type, store_row(TYPE, to, sum, width));
+                FOR_TYPE(job->out_type, stream_row(TYPE, to, sum, width));
             else if (job->mixed_slot[slot])
                 memset(to, 0, (size_t)bytes);
         }
@@ -316,11 +327,13 @@ static void weight_gradients(const struct backward *job, int64_t image, int64_t 
 {
     const struct groups *groups = &job->groups;
     const int64_t width = job->shape.width, stride = padded(width);
+    const struct target stored = {mean, STORED, 1.0f};
     for (int64_t g = 0; g < groups->count; g++) {
         const int64_t first = groups->member_start[g];
         const struct map *only = groups->member_start[g + 1] - first == 1 && groups->norm[g].kind == NO_NORM ? job->maps + groups->member[first] : NULL;
         if (!reaches_any(weights, groups, g)) continue;
-        if (!only) mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean, value, (struct place){g + 1, row});
+        if (!only)
+            mean_row(groups, g, job->maps, (int)job->map_type, image, row, width, mean, value, stored, (struct place){g + 1, row});
         for (int64_t u = groups->use_start[g]; u < groups->use_start[g + 1]; u++) {
             const float *cotangent = cotangents + groups->use_slot[u] * stride;
             double *product = products + groups->use_column[u];
