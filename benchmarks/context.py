@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from .bandwidth import Bandwidth, copy_bandwidth
+from .bandwidth import Bandwidth, Copy, copy_bandwidth, make_copy
 from .cards import card_of
 from .predict import predict_case
 from .record import Recorder
@@ -37,6 +37,11 @@ class Context:
         self.recorder.document["ceilings"]["copy"] = measured.as_dict()
         self.recorder.show(f"copy bandwidth: {measured.bytes_per_s / 1e9:.1f} GB/s")
         return measured
+
+    @cached_property
+    def copy(self) -> Copy:
+        """The copy that is timed beside cases: a machine's speed may drift between them."""
+        return make_copy(self.device, tiny=self.tiny)
 
     def predict(self, case: FuseCase) -> float | None:
         """Seconds that the library should take on this card at its measured copy bandwidth; None where no model is known."""

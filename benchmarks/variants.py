@@ -19,6 +19,9 @@ Prepare = Callable[[], Sequence[Closure]]
 
 BASELINE = "official eager"
 
+COPY = "copy"
+"""The name under which the copy takes part in the rounds of a case."""
+
 
 def measure_variants(
     context: Context,
@@ -37,7 +40,8 @@ def measure_variants(
     Args:
         name, parameters: of the computation; the variant's name is added to both.
         variants: how to prepare each. One that cannot be prepared is recorded as an error and is not timed.
-        floor_bytes: bytes that the computation must move; gives GB/s and the share of the copy bandwidth.
+        floor_bytes: bytes that the computation must move; gives GB/s and the share of the bandwidth of a copy, whose rounds
+            alternate with those of the variants.
         map_bytes: gives the peak memory in maps.
         predicted_s: for some variants the time that :mod:`benchmarks.predict` gives, put beside the measured one.
         with_latency: measure the wall time of a single call as well.
@@ -56,7 +60,8 @@ def measure_variants(
                 failed[variant] = error
     timings: dict[str, Timing] = {}
     try:
-        timings = compare(ready, device, seconds=context.seconds)
+        copy = {COPY: context.copy.closures} if floor_bytes and ready else {}
+        timings = compare({**ready, **copy}, device, seconds=context.seconds)
     except Exception as error:  # the rounds alternate, so nobody has a figure then
         traceback.clear_frames(error.__traceback__)
         failed |= dict.fromkeys(ready, error)
@@ -72,7 +77,9 @@ def measure_variants(
         if floor_bytes:
             found["floor_bytes"] = floor_bytes
             found["gb_per_s"] = floor_bytes / timing.median_s / 1e9
-            found["share_of_copy"] = floor_bytes / timing.median_s / context.bandwidth.bytes_per_s
+            copy_bytes_per_s = context.copy.bytes / timings[COPY].median_s
+            found["copy_gb_per_s"] = copy_bytes_per_s / 1e9
+            found["share_of_copy"] = floor_bytes / timing.median_s / copy_bytes_per_s
         if predicted_s and (predicted := predicted_s.get(variant)):
             found["predicted_s"] = predicted
             found["measured_over_predicted"] = timing.median_s / predicted
