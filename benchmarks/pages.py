@@ -1,0 +1,188 @@
+"""``python -m benchmarks.pages``: writes what was measured into the pages that show it, from ``benchmarks/results``.
+
+A page has blocks between ``<!-- measured: NAME -->`` and ``<!-- end of measured -->``. What stands there is made here and
+nowhere else, so that no page shows a figure that no result file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .record import read_json
+from .report import table
+from .targets import OURS, Outcome, fusions, is_on, measured_cases, outcomes, slower_than
+from .variants import BASELINE
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
+
+BLOCK = re.compile(r"(?P<begin><!-- measured: (?P<name>[a-z-]+) -->\n).*?(?P<end><!-- end of measured -->)", re.DOTALL)
+
+DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
+SHOWN_BATCHES = {"cpu": (4,), "cuda": (16, 1)}
+"""README shows one size of a CPU, and on a card the one that fills it and the one that a user waits for."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status: 1 where ``--check`` finds a page that is not up to date."""
+    command = argparse.ArgumentParser(
+        prog="python -m benchmarks.pages",
+        description="Writes the measured figures into README.md and docs/figures.md, from the result files.",
+        epilog="examples: python -m benchmarks.pages          python -m benchmarks.pages --check",
+    )
+    command.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: benchmarks/results)")
+    command.add_argument(
+        "--check", action="store_true", help="write nothing; end with 1 if a page is not what would be written"
+    )
+    command.add_argument("pages", nargs="*", type=Path, default=list(PAGES), help="pages (default: README.md, docs/figures.md)")
+    options = command.parse_args(arguments)
+    try:
+        documents = [read_json(file) for file in sorted(options.results.glob("*.json"))]
+        written = {page: fill(page.read_text(), documents) for page in options.pages}
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks.pages: {error}", file=sys.stderr)
+        return 2
+    stale = [page for page, text in written.items() if page.read_text() != text]
+    for page in stale:
+        if options.check:
+            print(f"{page} does not show what the results hold: run python -m benchmarks.pages", file=sys.stderr)
+        else:
+            page.write_text(written[page])
+            print(f"wrote {page}")
+    return 1 if options.check and stale else 0
+
+
+def fill(text: str, documents: list[dict]) -> str:
+    """A page's text with its blocks as the results give them.
+
+    Raises:
+        ValueError: a block that nobody knows.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"no block is called {name!r}; there are {', '.join(BLOCKS)}")
+        return f"{match['begin']}{BLOCKS[name](documents)}\n{match['end']}"
+
+    return BLOCK.sub(block, text)
+
+
+def performance(documents: list[dict]) -> str:
+    """README's section: for each kind of device a table, where a peer is faster, and the share of a training step."""
+    return "\n\n".join(_performance_on(documents, device) for device in ("cuda", "cpu"))
+
+
+def _performance_on(documents: list[dict], device: str) -> str:
+    measured = [document for document in documents if is_on(document, device)]
+    kernels = [document for document in measured if document["part"] == "kernels"]
+    if not kernels:
+        return f"**On {DEVICES[device]}: nothing has been measured yet.**"
+    machine, cases = kernels[0]["machine"], [case for document in measured for case in measured_cases(document)]
+    name = machine["cpu"] if device == "cpu" else machine["device"]
+    threads = f", {machine['torch_threads']} threads" if device == "cpu" else ""
+    rows = [row for batch in SHOWN_BATCHES[device] for row in _rows(cases, batch)]
+    versions = f"torch {machine['versions']['torch']}, {kernels[0]['started'][:10]}"
+    lines = [
+        f"**On {DEVICES[device]}** ({name}{threads}, {versions}; CLIP-L/336; milliseconds, medians, and maps alive at once"
+        " beyond the inputs):",
+        "",
+        *table(rows, COLUMNS),
+        "",
+        _peers(measured),
+        *(
+            f"A training step gets {_words(outcome)}."
+            for outcome in outcomes(documents, device)
+            if outcome.target.part == "training_step" and outcome.values
+        ),
+        *(f"The fusion takes {outcome.measured} of a training step." for outcome in _shares(documents, device)),
+    ]
+    return "\n".join(lines)
+
+
+def _words(outcome: Outcome) -> str:
+    by = "the loop" if outcome.target.figure.endswith("loop") else "the kernels alone"
+    return ", ".join(
+        f"{outcome.target.unit.show(value)} times faster by {by} ({label})" for label, value in outcome.values.items()
+    )
+
+
+def _shares(documents: list[dict], device: str) -> list[Outcome]:
+    return [outcome for outcome in outcomes(documents, device) if outcome.target.part == "training" and outcome.values]
+
+
+def _rows(cases: list[dict], batch: int) -> list[dict]:
+    """One row a dtype and mode, with the variants' metrics beside each other."""
+    rows: dict[tuple[str, str], dict] = {}
+    for variant in ("torch.compile", "torch.compile max-autotune", BASELINE, OURS):
+        for case in fusions(cases, variant, ("forward", "frozen", "trainable")):
+            parameters = case["parameters"]
+            if parameters["batch"] == batch and parameters["tower"].startswith("CLIP-L"):
+                row = rows.setdefault((parameters["mode"], parameters["dtype"]), {"parameters": parameters})
+                row[variant] = case["metrics"]
+    modes = ["forward", "frozen", "trainable"]
+    return [rows[key] for key in sorted(rows, key=lambda key: (modes.index(key[0]), key[1] != "float32"))]
+
+
+def _of(variant: str, name: str, form: str, scale: float = 1) -> Callable[[dict], str]:
+    return lambda row: form.format(row[variant][name] * scale)
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "B": lambda row: str(row["parameters"]["batch"]),
+    "mode": lambda row: row["parameters"]["mode"],
+    "dtype": lambda row: row["parameters"]["dtype"],
+    "igva_kernels": _of(OURS, "median_s", "**{:.3g}**", 1e3),
+    "official eager": _of(BASELINE, "median_s", "{:.3g}", 1e3),
+    "torch.compile": _of("torch.compile", "median_s", "{:.3g}", 1e3),
+    "max-autotune": _of("torch.compile max-autotune", "median_s", "{:.3g}", 1e3),
+    "× eager": _of(OURS, "times_faster_than_official_eager", "{:.1f}"),
+    "share of a copy": _of(OURS, "share_of_copy", "{:.0%}"),
+    "maps: igva_kernels": _of(OURS, "peak_maps", "{:.1f}"),
+    "eager": _of(BASELINE, "peak_maps", "{:.1f}"),
+    "compile": _of("torch.compile", "peak_maps", "{:.1f}"),
+}
+
+
+def _peers(documents: list[dict]) -> str:
+    cases = [case for document in documents for case in measured_cases(document)]
+    slower = slower_than(cases)
+    if not slower:
+        return "No peer was faster in any case of the results."
+    return "A peer was faster in: " + "; ".join(slower) + "."
+
+
+def figures(device: str) -> Callable[[list[dict]], str]:
+    """The table of goals and outcomes of a kind of device."""
+
+    def block(documents: list[dict]) -> str:
+        runs = [document for document in documents if is_on(document, device)]
+        origin = sorted({f"`{document['part']}` {document['started'][:16]}" for document in runs})
+        heading = [f"Runs: {', '.join(origin)} (UTC).", ""] if origin else []
+        return "\n".join([*heading, *_table(outcomes(documents, device))])
+
+    return block
+
+
+def _table(found: Iterable[Outcome]) -> list[str]:
+    lines = ["| figure | goal | measured | met | `python -m benchmarks --part` |", "|---|---|---|---|---|"]
+    for outcome in found:
+        target = outcome.target
+        cells = (target.figure, target.goal, outcome.measured, outcome.verdict, f"`{target.part}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "performance": performance,
+    "figures-cpu": figures("cpu"),
+    "figures-gpu": figures("cuda"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
