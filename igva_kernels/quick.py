@@ -1,17 +1,17 @@
 """Calls of ``fuse`` that repeat: what the first one found out is not found out again.
 
 On a GPU the host's work for one call (checks of two dozen tensors, the choice of an implementation, Triton's binding of the
-arguments) takes longer than the kernel on one image. All of it follows from the *signature* of the call: the plan, the options,
-and of each tensor the type, dtype, device, shape, strides and whether it requires a gradient. The first call of a signature
-takes the long way and records its launch; later ones compare signatures, which torch does for all tensors in a few microseconds
-(the tensor guards of torch.compile), and launch.
+arguments) takes longer than the kernel on one image; on a CPU it is a tenth of the call. All of it follows from the *signature*
+of the call: the plan, the options, and of each tensor the type, dtype, device, shape, strides and whether it requires a
+gradient. The first call of a signature takes the long way and records its launch; later ones compare signatures, which torch
+does for all tensors in a few microseconds (the tensor guards of torch.compile), and launch.
 
 Only for frozen towers: where the states need gradients, autograd has to see each of them anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         guards: whether tensors have this signature.
-        replay: launches the recorded kernel, see :class:`igva_kernels.impl.triton.replay.Replay`.
+        replay: makes the recorded call, see ``Replay`` in :mod:`igva_kernels.impl.triton.replay` and
+            :mod:`igva_kernels.impl.native.replay`.
         details: whatever the caller wants back with it.
     """
 
@@ -140,3 +141,12 @@ class Signatures:
         while len(self._prepared) >= MAX_SIGNATURES:
             self._prepared.pop(next(iter(self._prepared)))
         self._prepared[signature.key] = Prepared(signature.guards, replay, details)
+
+
+def allocation_on(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
+    """``empty(shape, strides, dtype)`` on the current device of this type.
+
+    The one that torch.compile's own code calls takes a quarter of the time of ``torch.empty``. It is private to torch.
+    """
+    found = getattr(_guards, f"_empty_strided_{device.type}", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))

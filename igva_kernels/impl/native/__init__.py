@@ -18,6 +18,7 @@ from torch import Tensor
 
 from igva_kernels.impl.cpu import summaries_backward, summaries_forward
 from igva_kernels.impl.native.build import library, why_unavailable
+from igva_kernels.impl.native.replay import Launch, recorder, recording, replay_of
 from igva_kernels.impl.native.structs import (
     TYPES,
     Backward,
@@ -42,8 +43,10 @@ __all__ = [
     "fuse_backward",
     "fuse_forward",
     "normalised_forward",
+    "recording",
     "reduce_backward",
     "reduce_forward",
+    "replay_of",
     "summaries_backward",
     "summaries_forward",
 ]
@@ -259,6 +262,8 @@ def _run_forward(
         *of_norm,
     )
     library().igva_forward(byref(job))
+    if recorder.is_recording:
+        recorder.add(Launch(job, sources, layout, scratch.numel(), torch.get_num_threads()))
     del scratch  # alive until here: the job holds its address
 
 

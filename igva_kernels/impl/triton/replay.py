@@ -10,14 +10,15 @@ Whoever replays has to know that the signature is the same: shapes, dtypes, stri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import local
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from igva_kernels.quick import allocation_on
+from igva_kernels.recording import Recorder
 
 
 class Launch(NamedTuple):
@@ -34,27 +35,16 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-_recording = local()
+recorder: Recorder[Launch] = Recorder()
+recording = recorder.recording
 
 
 def launch_recorded(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
     """``kernel[grid](*arguments, **constants)``, written down where someone records."""
     compiled = kernel[tuple(grid)](*arguments, **constants)
-    launches: list[Launch] | None = getattr(_recording, "launches", None)
-    if launches is not None and compiled is not None:  # the interpreter compiles nothing
+    if recorder.is_recording and compiled is not None:  # the interpreter compiles nothing
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        launches.append(Launch(compiled, (*grid, 1, 1)[:3], tuple(given[name] for name in kernel.arg_names)))
-
-
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """The launches that this thread makes meanwhile."""
-    launches: list[Launch] = []
-    _recording.launches = launches
-    try:
-        yield launches
-    finally:
-        _recording.launches = None
+        recorder.add(Launch(compiled, (*grid, 1, 1)[:3], tuple(given[name] for name in kernel.arg_names)))
 
 
 def replay_of(
@@ -99,7 +89,7 @@ class Replay:
     def __init__(self, launch: Launch, device: torch.device, has_weights: bool, outputs: Sequence[Tensor]) -> None:
         kernel, grid, arguments = launch
         self._device_index = device.index
-        self._empty = _allocation_on(device)
+        self._empty = allocation_on(device)
         self._launch = kernel.run
         before = [*grid, None, kernel.function, kernel.packed_metadata, None, None, None]  # None: the stream; no listeners
         places = [len(before) + place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
@@ -138,13 +128,3 @@ class Replay:
 
 _STREAM_AT = 3
 """Where the launcher of a compiled kernel takes the stream: behind the three dimensions of the grid."""
-
-
-def _allocation_on(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
-    """``empty(shape, strides, dtype)`` on the current device of this type.
-
-    The one that torch.compile's own code calls takes a quarter of the time of ``torch.empty``. It is private to torch.
-    """
-    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    found = getattr(guards, f"_empty_strided_{device.type}", None)
-    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))
