@@ -10,8 +10,8 @@ PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest fuzz slow wheel-test quickstart \
-        kill-test compare benchmark gpu clean
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest test-lmms-eval test-web \
+        test-transformers-oldest test-quantized fuzz slow wheel-test quickstart kill-test compare benchmark pictures web gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +36,7 @@ test: lint test-library test-interpret test-aot test-model test-gpu  ## all test
 
 test-library: install  ## the library on a CPU: plans, operators, towers, golden data, random cases, benchmarks' own code
 	$(PYTEST) $(PARALLEL) -m "not slow" tests/reference tests/golden tests/native tests/towers tests/deformable tests/patch tests/fuzz \
-	    tests/benchmarks
+	    tests/benchmarks tests/documents
 
 # Triton's interpreter and its compiler cannot share a process.
 test-interpret: install  ## the kernels' meaning, in Triton's interpreter
@@ -57,6 +57,55 @@ test-triton-newest:  ## the kernels' machine code and meaning under the newest T
 	$(NEWEST)/pip --disable-pip-version-check install --quiet --upgrade $(PIP_ARGS) triton
 	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -q $(PARALLEL) -m "not slow" tests/aot
 	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -q $(PARALLEL) -m "not slow" tests/interpret
+
+# Not part of `make test` either: the other end of the range of transformers that setup.py admits.
+OLDEST := build/transformers-oldest/bin
+test-transformers-oldest:  ## the model under the lowest transformers, accelerate and peft, in an environment of its own
+	$(PYTHON) -m venv build/transformers-oldest
+	$(OLDEST)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-oldest.txt torch numpy
+	$(OLDEST)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e ".[quickstart]" pytest \
+	    pytest-xdist hypothesis
+	$(OLDEST)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps --require-hashes \
+	    -r model/quickstart/requirements.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q $(PARALLEL) -m "not slow" tests/model
+
+# An environment of its own, since gradio asks for an older Pillow than the one of constraints.txt.
+WEB        := build/web/bin
+CHECKPOINT ?= build/quickstart/checkpoint
+build/web/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv build/web
+	grep -v "^pillow==" constraints.txt > build/web/constraints.txt
+	$(WEB)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c build/web/constraints.txt torch numpy
+	$(WEB)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c build/web/constraints.txt -e ".[web]" pytest selenium
+	touch $@
+
+web: build/web/.installed  ## the web page of CHECKPOINT (the quickstart's)
+	$(WEB)/python -m model web $(CHECKPOINT)
+
+# Not part of `make test` either. The browser is the system's: apt-get install chromium chromium-driver.
+# IGVA_SCREENSHOT=docs/pictures/web.png takes the picture of docs/web.md.
+test-web: build/web/.installed  ## the web page through gradio's client and in a headless Chromium
+	OMP_NUM_THREADS=1 $(WEB)/python -m pytest -q tests/model/web
+
+# Not part of `make test`: an environment of its own, with what lmms-eval imports on the way to its evaluator. Of its requirements
+# that leaves out torchvision, PyAV, OpenCV and many more, which only its tasks with videos, judges and its other models import.
+LMMS_EVAL := build/lmms-eval/bin
+LMMS_EVAL_IMPORTS := accelerate aiohttp datasets dill evaluate loguru pandas pytablewriter pytz requests sacrebleu tenacity
+test-lmms-eval:  ## the plug-in of lmms-eval in its own evaluator and command, in an environment of its own
+	$(PYTHON) -m venv build/lmms-eval
+	$(LMMS_EVAL)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt torch numpy
+	$(LMMS_EVAL)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train]" pytest \
+	    $(LMMS_EVAL_IMPORTS)
+	$(LMMS_EVAL)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps lmms-eval==0.7.3
+	OMP_NUM_THREADS=1 $(LMMS_EVAL)/python -m pytest -q tests/model/test_lmms_eval.py
+
+# Not part of `make test` either: bitsandbytes brings its kernels for GPUs, 0.2 GB that a CPU has no use for.
+QUANTIZED := build/quantized/bin
+test-quantized:  ## language models in 8 and 4 bits with torchao and bitsandbytes, in an environment of its own
+	$(PYTHON) -m venv build/quantized
+	$(QUANTIZED)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt torch numpy
+	$(QUANTIZED)/pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,torchao,bitsandbytes]" pytest
+	OMP_NUM_THREADS=1 $(QUANTIZED)/python -m pytest -q tests/model/test_quantized.py
 
 test-gpu: install  ## the kernels on a card; skips with one line where there is none
 	$(RUN) -m pytest -q tests/gpu || [ $$? -eq 5 ]
@@ -82,7 +131,7 @@ wheel-test: install  ## build the wheel and run the library's tests on its insta
 	$(PIP) --no-deps --target build/wheel/site build/wheel/dist/*.whl
 	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site OMP_NUM_THREADS=1 $(CURDIR)/$(RUN) -m pytest -q \
 	    $(PARALLEL) --rootdir $(CURDIR)/tests -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/reference $(CURDIR)/tests/golden \
-	    $(CURDIR)/tests/native/test_build.py
+	    $(CURDIR)/tests/native/test_build.py $(CURDIR)/tests/documents/test_library_pages.py
 	cd build/wheel/empty && PYTHONPATH=$(CURDIR)/build/wheel/site $(CURDIR)/$(RUN) -c "import igva_kernels, model; \
 	    print(igva_kernels.__file__, model.__file__); assert 'site' in igva_kernels.__file__ and 'site' in model.__file__"
 
@@ -101,6 +150,9 @@ $(VENV)/.quickstart: setup.py constraints.txt model/quickstart/requirements.txt
 
 benchmark: install  ## fuse against the official eager formulation and torch.compile, on this machine
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+pictures: install  ## the pictures of plans in docs/pictures, drawn again
+	$(RUN) -m igva_kernels.picture --page docs/plans.md
 
 gpu:  ## all GPU work of the project, with the python at hand: tests, kernels, vision, training
 	$(PYTHON) -m benchmarks --part all

@@ -19,27 +19,33 @@ from .variants import BASELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "why-fast.md")
 
 BLOCK = re.compile(r"(?P<begin><!-- measured: (?P<name>[a-z-]+) -->\n).*?(?P<end><!-- end of measured -->)", re.DOTALL)
 
+SHOWN_FIRST = ("forward", "bfloat16")
+"""Mode and dtype of the headline."""
+
+NAMES = {OURS: "igva_kernels", BASELINE: "official eager", "torch.compile": "torch.compile of it"}
+"""Variants of the headline, in this order."""
+
 DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
 SHOWN_BATCHES = {"cpu": (4,), "cuda": (16, 1)}
-"""README shows one size of a CPU, and on a card the one that fills it and the one that a user waits for."""
+"""The pages show one size of a CPU, and on a card the one that fills it and the one that a user waits for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status: 1 where ``--check`` finds a page that is not up to date."""
     command = argparse.ArgumentParser(
         prog="python -m benchmarks.pages",
-        description="Writes the measured figures into README.md and docs/figures.md, from the result files.",
+        description="Writes the measured figures into the pages that show them, from the result files.",
         epilog="examples: python -m benchmarks.pages          python -m benchmarks.pages --check",
     )
     command.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: benchmarks/results)")
     command.add_argument(
         "--check", action="store_true", help="write nothing; end with 1 if a page is not what would be written"
     )
-    command.add_argument("pages", nargs="*", type=Path, default=list(PAGES), help="pages (default: README.md, docs/figures.md)")
+    command.add_argument("pages", nargs="*", type=Path, default=list(PAGES), help="pages (default: all that have blocks)")
     options = command.parse_args(arguments)
     try:
         documents = [read_json(file) for file in sorted(options.results.glob("*.json"))]
@@ -73,8 +79,35 @@ def fill(text: str, documents: list[dict]) -> str:
     return BLOCK.sub(block, text)
 
 
+def headline(documents: list[dict]) -> str:
+    """A line for each kind of device, the forward in bfloat16, and a line for the share of a training step."""
+    return "\n".join(line for device in ("cuda", "cpu") for line in _headline_on(documents, device))
+
+
+def _headline_on(documents: list[dict], device: str) -> list[str]:
+    kernels = [document for document in documents if is_on(document, device) and document["part"] == "kernels"]
+    cases = [case for document in kernels for case in measured_cases(document)]
+    batch = SHOWN_BATCHES[device][0]
+    rows = [row for row in _rows(cases, batch) if (row["parameters"]["mode"], row["parameters"]["dtype"]) == SHOWN_FIRST]
+    if not rows:
+        return [f"* **On {DEVICES[device]}: nothing has been measured yet.**"]
+    (row,) = rows
+    cells = {name: row[name] for name in NAMES if name in row}
+    times = ", ".join(f"{NAMES[name]} {metrics['median_s'] * 1e3:.3g} ms" for name, metrics in cells.items())
+    maps = ", ".join(f"{metrics['peak_maps']:.0f}" for metrics in cells.values())
+    machine, day = kernels[0]["machine"]["cpu" if device == "cpu" else "device"], kernels[0]["started"][:10]
+    lines = [
+        f"* **On {DEVICES[device]}** ({machine}, {day}; forward, CLIP-L/336, B = {batch}, bfloat16): {times}; maps alive at"
+        f" once beyond the inputs {maps}."
+    ]
+    steps = [outcome for outcome in outcomes(documents, device) if outcome.target.part == "training_step" and outcome.values]
+    if steps:
+        lines.append(f"* **A training step** there gets {', '.join(map(_words, steps))}.")
+    return lines
+
+
 def performance(documents: list[dict]) -> str:
-    """README's section: for each kind of device a table, where a peer is faster, and the share of a training step."""
+    """The section of why-fast.md: for each kind of device a table, where a peer is faster, and the share of a training step."""
     return "\n\n".join(_performance_on(documents, device) for device in ("cuda", "cpu"))
 
 
@@ -179,6 +212,7 @@ def _table(found: Iterable[Outcome]) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "headline": headline,
     "performance": performance,
     "figures-cpu": figures("cpu"),
     "figures-gpu": figures("cuda"),

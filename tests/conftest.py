@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+# The modules of tests/documents as ``documents.NAME``: that folder is on no import path, and tests/model needs them too.
+_documents = ModuleType("documents")
+_documents.__spec__ = importlib.util.spec_from_loader("documents", loader=None, is_package=True)
+_documents.__path__ = [str(Path(__file__).parent / "documents")]
+sys.modules.setdefault("documents", _documents)
 
 
 @pytest.fixture(autouse=True)

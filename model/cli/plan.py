@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   igva plan igva-7b-stage1
   igva plan igva-7b-stage2-lora --length=1200 --micro_batch_size=16
   igva plan recipe.yaml --card="RTX 4090" --card=100       (100: a card of 100 GB)
+  igva plan igva-7b-stage2 --picture=plan.png              which layers are mixed how
 
 Every field of the recipe is a flag --key=value that overrides it. Memory is that of one device that holds the whole
 model; ZeRO and FSDP2 divide weights, gradients and optimizer states by the number of devices.
@@ -39,11 +40,17 @@ def main(argv: Sequence[str]) -> int:
 
     cards = {name: _gigabytes(name, CARDS_GB) for name in arguments.card or CARDS_GB}
     config, _ = architecture_of_run(recipe.model, {name: SHIPPED_RECIPES / f"{name}.yaml" for name in shipped_recipes()})
+    if arguments.picture:
+        from model.plan_picture import save_fusion_picture
+
+        save_fusion_picture(config, arguments.picture, stage=recipe.stage)
     bf16 = recipe.precision != "fp32"
     plan = plan_memory(recipe, config, length=arguments.length, labels=arguments.labels, bf16=bf16)
     console = Console()
     console.print(parts_table(plan))
     console.print(cards_table(plan, cards))
+    if arguments.picture:
+        console.print(f"picture of the fusion in {arguments.picture}", highlight=False)
     return 0
 
 
@@ -106,4 +113,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, help="tokens of a sample, image tokens included (default: an image and 128)")
     parser.add_argument("--labels", type=int, help="tokens of a sample that are learned (default: a quarter of its text)")
     parser.add_argument("--card", action="append", help="card by name, or its memory in GB; may be repeated (default: all)")
+    parser.add_argument("--picture", help="draw the fusion's plan into this file, .png or .svg; needs matplotlib")
     return parser

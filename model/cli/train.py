@@ -20,19 +20,7 @@ SHIPPED_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="igva train",
-        description="Train a model from a recipe; every field of the recipe is a flag --key=value that overrides it.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a recipe that is shipped")
-    parser.add_argument("--smoke", action="store_true", help="the same run cut to ten steps, into OUTPUT_DIR-smoke")
-    parser.add_argument("--dry_run", action="store_true", help="check the recipe and its data without loading a weight")
-    parser.add_argument("--num_processes", type=int, default=1, help="with --dry_run: processes of the run (default: 1)")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and every field of a recipe")
+    parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.help:
         parser.print_help()
@@ -89,3 +77,20 @@ def find_recipe(name: str) -> Path:
     if name in shipped_recipes():
         return SHIPPED_RECIPES / f"{name}.yaml"
     raise FileNotFoundError(f"no recipe file {name}, and none of that name is shipped ({', '.join(shipped_recipes())})")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="igva train",
+        description="Train a model from a recipe; every field of the recipe is a flag --key=value that overrides it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a recipe that is shipped")
+    parser.add_argument("--smoke", action="store_true", help="the same run cut to ten steps, into OUTPUT_DIR-smoke")
+    parser.add_argument("--dry_run", action="store_true", help="check the recipe and its data without loading a weight")
+    parser.add_argument("--num_processes", type=int, default=1, help="with --dry_run: processes of the run (default: 1)")
+    parser.add_argument("-h", "--help", action="store_true", help="show this and every field of a recipe")
+    return parser

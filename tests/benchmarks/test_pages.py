@@ -79,6 +79,14 @@ def test_results_that_cannot_be_read_write_nothing(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err and "stale" in page.read_text()
 
 
+def test_the_headline(cpu_kernels: dict, card: dict) -> None:
+    text = fill(EMPTY.format("headline"), [cpu_kernels])
+    assert "* **On a GPU: nothing has been measured yet.**" in text and "* **On a CPU** (" in text
+    text = fill(EMPTY.format("headline"), [card])
+    assert "igva_kernels 0.1 ms, official eager 0.45 ms, torch.compile of it 0.2 ms; maps alive" in text
+    assert "inputs 2, 24, 30." in text
+
+
 def test_without_a_card_the_page_says_so(cpu_kernels: dict) -> None:
     text = fill(EMPTY.format("performance"), [cpu_kernels])
     assert "On a GPU: nothing has been measured yet" in text and "**On a CPU**" in text

@@ -26,4 +26,4 @@ def test_its_figures_are_those_of_the_status_line():
     names = ("loss", "tokens_per_second", "samples_per_second", "tflops_per_second", "padding_share", "data_wait_share")
     values = (5.2828, 1334, 27.1, 0.000484, 0.053, 0.22)
     line = status_text(dict(zip(names, values, strict=True)) | {"peak_memory_gb": 0.6})
-    assert f"    step 3/3  {line}\n" in TEXT
+    assert f"\nstep 3/3  {line}\n" in TEXT

@@ -153,8 +153,9 @@ def test_storages_count_once_and_until_they_are_freed():
 
 def test_the_command_shows_parts_and_cards(new_model, data_file, tmp_path, capsys):
     flags = [f"--model.{name}={new_model[name]}" for name in ("vision_tower", "language_model", "sentence_encoder")]
-    status = main(["plan", "igva-tiny-stage1", *flags, f"--data.path={data_file}", "--card=RTX 4090", "--card=0.001"])
-    assert status == 0
+    picture = f"--picture={tmp_path / 'plan.png'}"
+    status = main(["plan", "igva-tiny-stage1", *flags, f"--data.path={data_file}", "--card=RTX 4090", "--card=0.001", picture])
+    assert status == 0 and (tmp_path / "plan.png").is_file()
     shown = capsys.readouterr().out
     for text in ("weights of the language model", "AdamW's states", "each further sample", "RTX 4090", "none fits"):
         assert text in shown
