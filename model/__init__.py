@@ -6,6 +6,7 @@ Importing the package registers it with transformers: ``AutoModelForImageTextToT
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from model._hf_compat import check_version as _check_version  # noqa: F401 (first: it refuses versions that the rest fails on)
 from model.build import build_model, build_processor
 from model.configuration import IgvaLlavaConfig
 from model.modeling import IgvaLlavaForConditionalGeneration, IgvaLlavaModel, IgvaLlavaOutput

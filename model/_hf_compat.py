@@ -53,7 +53,21 @@ def load_image_processor(values: dict[str, Any]) -> Any:
     return pil_image_processor(name.removesuffix("Pil").removesuffix("Fast")).from_dict(values)
 
 
+def gguf_options() -> dict[str, Any]:
+    """What ``from_pretrained`` takes beside ``gguf_file`` for dense weights.
+
+    Newer versions leave the model quantised, which can be neither saved nor trained, unless they are told to dequantise; older
+    ones always did, and take no ``quantization_config`` with a GGUF file.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def enable_activation_checkpointing(module: PreTrainedModel) -> None:
     """Compute activations again in the backward pass; renamed from gradient_checkpointing_enable, which warns by now."""
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+# On import, and before anything else of the package: a name that is missing would tell nobody why.
+check_version()

@@ -16,7 +16,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import logging
+from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from igva_kernels import FusionPlan, OutputNorm
@@ -26,6 +26,7 @@ from model.configuration import IgvaLlavaConfig
 from model.cross_entropy import LanguageModelHead
 from model.fusions import FusionInputs, Maps, check_stage
 from model.loss import token_exact_loss
+from model.quantization import only_language_model
 
 logger = logging.get_logger(__name__)
 
@@ -130,6 +131,17 @@ class IgvaLlavaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; a ``quantization_config`` reaches the language model alone (:mod:`model.quantization`).
+
+        Raises:
+            ValueError: a kind of quantisation that cannot leave modules out.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = only_language_model(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one of our own modules; the tower and the language model initialise themselves.
@@ -241,6 +253,7 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         """
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (images, 3, height, width)")
+        self._check_width(instruction_embeds)
         height, width = pixel_values.shape[-2:]
         maps = self._run_tower(pixel_values, self.tower_plan)
         inputs = FusionInputs(
@@ -269,10 +282,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             (Q, B, K) in float32.
 
         Raises:
-            ValueError: a fusion, or a stage, that reads no instruction.
+            ValueError: a fusion, or a stage, that reads no instruction, or embeddings of another width.
         """
         if not self.reads_instruction:
             raise ValueError(f"the fusion {self.config.fusion['type']!r} reads no instruction in stage {self.fusion_stage}")
+        self._check_width(instruction_embeds)
         grid = self._tokens.patches(*pixel_values.shape[-2:])
         maps = self._run_tower(pixel_values, self.tower_plan)
         rows = []
@@ -282,6 +296,16 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             _, weights = self._method(self.fusion, maps, inputs)
             rows += [] if weights is None else [weights]  # none is None: the instruction is read
         return torch.stack(rows)
+
+    def _check_width(self, instruction_embeds: Tensor | None) -> None:
+        """Refuse embeddings of another encoder before the tower runs; what reads them would name shapes alone."""
+        expected = self.config.fusion.get("text_dim")
+        if instruction_embeds is None or not self.reads_instruction or instruction_embeds.shape[-1] == expected:
+            return
+        raise ValueError(
+            f"instruction_embeds has the shape {tuple(instruction_embeds.shape)}, expected {expected} numbers a sentence "
+            "(text_dim of the fusion): they come from another sentence encoder than the model was trained with; use that one"
+        )
 
     def _run_tower(self, pixel_values: Tensor, plan: FusionPlan) -> Maps:
         """The group means of a frozen tower that can run layer by layer; else hidden states."""
@@ -368,10 +392,11 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         # Before the embeddings, as images are: ranks must gather sharded weights in the same order.
         black_image = self._black_image(input_ids) if features is None and input_ids is not None else None
         if input_ids is not None:
-            is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if features is not None or is_prefill:
+            if features is not None:
                 inputs_embeds = self._merge(input_ids, inputs_embeds, features)
+            else:
+                self._check_no_image_is_missing(input_ids, past_key_values)
             if black_image is not None:
                 nowhere = torch.zeros(1, dtype=torch.bool, device=inputs_embeds.device)
                 inputs_embeds = inputs_embeds.masked_scatter(nowhere, black_image.pooler_output.to(inputs_embeds))
@@ -427,27 +452,42 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
             instruction_embeds = torch.zeros(1, self.config.fusion["text_dim"], device=device)
         return self.get_image_features(torch.zeros(1, 3, side, side, device=device), instruction_embeds)
 
-    def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures | None) -> Tensor:
+    def _merge(self, input_ids: Tensor, inputs_embeds: Tensor, features: IgvaLlavaImageFeatures) -> Tensor:
         """Overwrite the embeddings at the placeholders, in reading order, after counting both."""
         is_image = input_ids == self.config.image_token_id  # (rows, length)
-        num_placeholders = int(is_image.sum())
-        if features is None:
-            if num_placeholders:
-                raise ValueError(
-                    f"input_ids holds {num_placeholders} image placeholders (id {self.config.image_token_id}), but there are "
-                    "no pixel_values; pass the images, or remove <image> from the text"
-                )
-            return inputs_embeds
         tokens = features.pooler_output
         num_features = tokens.shape[0] * tokens.shape[1]
-        if num_placeholders != num_features:
-            raise ValueError(
-                f"image placeholders and image features do not match: input_ids holds {num_placeholders} placeholders (id "
+        num_placeholders = is_image.sum()
+        # Of transformers: a compiled graph holds the check too, and is not cut by it.
+        torch_compilable_check(
+            num_placeholders == num_features,
+            lambda: (
+                f"image placeholders and image features do not match: input_ids holds {int(num_placeholders)} placeholders (id "
                 f"{self.config.image_token_id}), pixel_values gave {num_features} features ({tokens.shape[0]} images x "
                 f"{tokens.shape[1]} tokens); expand <image> with the processor, and never cut a text inside an image"
+            ),
+        )
+        if tokens.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"the image features have {tokens.shape[-1]} channels, but the language model's embeddings "
+                f"{inputs_embeds.shape[-1]}: they were made by another model"
             )
         tokens = tokens.flatten(0, 1).to(inputs_embeds)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), tokens)
+
+    def _check_no_image_is_missing(self, input_ids: Tensor, past_key_values: Cache | None) -> None:
+        """Refuse placeholders without images where a text begins; later steps see the images through the cache.
+
+        A compiled step is not asked: how full a static cache is, only the device knows.
+        """
+        if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.get_seq_length() != 0):
+            return
+        num_placeholders = int((input_ids == self.config.image_token_id).sum())
+        if num_placeholders:
+            raise ValueError(
+                f"input_ids holds {num_placeholders} image placeholders (id {self.config.image_token_id}), but there are "
+                "no pixel_values; pass the images, or remove <image> from the text"
+            )
 
 
 class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixin):
@@ -619,34 +659,64 @@ class IgvaLlavaForConditionalGeneration(IgvaLlavaPreTrainedModel, GenerationMixi
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """As in transformers, for beams and several answers, with all images of a text repeated together.
 
-        Versions that encode the images before this point do that themselves; older ones repeat image by image, [A, A, B, B],
-        which gives a text with two images the same image twice.
+        Versions that know no ``mm_encoder_outputs`` repeat image by image, [A, A, B, B], which gives a text with two images the
+        same image twice; those that do know them put the repeated features into the caller's own object.
         """
-        names = [name for name in ("pixel_values", "instruction_embeds", "image_to_sentence") if name in model_kwargs]
-        images: dict[str, Any] = {name: model_kwargs.pop(name) for name in names}
-        pixel_values = images.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            tokens_per_image = self.config.image_tokens.count(*pixel_values.shape[-2:])
-            owners = self._rows_of_images(input_ids, len(pixel_values), tokens_per_image)
-            of_row = [(owners == row).nonzero().flatten() for row in range(len(input_ids))]
-            order = torch.cat([own for own in of_row for _ in range(expand_size)])
-            shared = images.get("image_to_sentence") is not None  # then the sentences stay as they are
-            images = {
-                name: value if value is None or (shared and name == "instruction_embeds") else value[order]
-                for name, value in images.items()
-            }
+        names = ("pixel_values", "instruction_embeds", "image_to_sentence", "mm_encoder_outputs")
+        images: dict[str, Any] = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
+        if expand_size > 1 and input_ids is not None:
+            images = self._repeat_images(images, input_ids, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
 
+    def _repeat_images(self, images: dict[str, Any], input_ids: Tensor, times: int) -> dict[str, Any]:
+        """The image inputs of texts that are each repeated: [A, B] of one text become [A, B, A, B]."""
+        pixel_values, encoded = images.get("pixel_values"), images.get("mm_encoder_outputs") or {}
+        features: IgvaLlavaImageFeatures | None = encoded.get("image")
+        if pixel_values is not None:
+            num_images, tokens_per_image = len(pixel_values), self.config.image_tokens.count(*pixel_values.shape[-2:])
+        elif features is not None:
+            num_images, tokens_per_image = features.pooler_output.shape[:2]
+        else:
+            return images
+        owners = self._rows_of_images(input_ids, num_images, tokens_per_image)
+        of_row = [(owners == row).nonzero().flatten() for row in range(len(input_ids))]
+        order = torch.cat([own for own in of_row for _ in range(times)])
+        repeated = dict(images)
+        shared = images.get("image_to_sentence") is not None  # then the sentences stay as they are
+        for name in ("pixel_values", "image_to_sentence", *(() if shared else ("instruction_embeds",))):
+            if images.get(name) is not None:
+                repeated[name] = images[name][order]
+        if features is not None:
+            weights = features.fusion_weights
+            of_images = IgvaLlavaImageFeatures(
+                pooler_output=features.pooler_output[order], fusion_weights=None if weights is None else weights[order]
+            )
+            repeated["mm_encoder_outputs"] = {**encoded, "image": of_images}
+        return repeated
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,  # by name: generate() looks for it here
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, with the image inputs in the first step only, or in every step where there is no cache."""
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGE_INPUTS}
-        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+        """As in transformers, with the image inputs in the first step only, or in every step where there is no cache.
+
+        An assistant that guesses tokens for another model is never told that its first step is one; its cache is empty then.
+        """
+        images = {name: kwargs.pop(name) for name in _IMAGE_INPUTS if name in kwargs}
+        cache = kwargs.get("past_key_values")
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True) or cache is None or cache.get_seq_length() == 0:
+            return {**inputs, **images}
+        return inputs
 
 
 def _check_packed(

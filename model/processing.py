@@ -40,6 +40,8 @@ class IgvaLlavaProcessor(ProcessorMixin):
         anyres_grids: rows and columns that ``anyres`` may cut a picture into.
         instruction_policy: which turns stood for the instruction in training, see
             :func:`model.instruction.instruction_texts`.
+        question_policy: which turns stand for it when the model is asked; ``"last_turn"`` is the question at hand, as in the
+            released IGVA code (docs/use.md).
         sentence_encoder_fingerprint: of the encoder that was saved beside the processor; set by :meth:`save_pretrained`.
 
     Raises:
@@ -60,12 +62,14 @@ class IgvaLlavaProcessor(ProcessorMixin):
         aspect_ratio: str = "pad",
         anyres_grids: Sequence[Sequence[int]] = ANYRES_GRIDS,
         instruction_policy: InstructionPolicy = "mean_of_turns",
+        question_policy: InstructionPolicy = "last_turn",
         sentence_encoder_fingerprint: str | None = None,
     ) -> None:
         self.image_token = image_token
         self.aspect_ratio = aspect_ratio
         self.anyres_grids = [list(grid) for grid in anyres_grids]
         self.instruction_policy: InstructionPolicy = instruction_policy
+        self.question_policy: InstructionPolicy = question_policy
         self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.patch_size = patch_size
         self.token_pooling = token_pooling
@@ -96,15 +100,16 @@ class IgvaLlavaProcessor(ProcessorMixin):
         """Model inputs.
 
         Args:
-            images: pictures in the order of their ``<image>``, over all texts. Each is brought to the images of the tower as in
-                training, see :attr:`aspect_ratio`; with ``anyres`` a picture becomes several.
+            images: pictures, paths or addresses in the order of their ``<image>``, over all texts. Each is brought to the
+                images of the tower as in training, see :attr:`aspect_ratio`; with ``anyres`` a picture becomes several.
             text: one prompt or several; ``apply_chat_template`` makes them.
             videos, audio: not taken; named because ``apply_chat_template`` of transformers passes them.
             instruction: what the user asks about the pictures: one sentence for all, or for each picture one, or the user's
-                turns of its conversation, which :attr:`instruction_policy` makes one of. They are embedded by
+                turns of its conversation, which :attr:`question_policy` makes one of. They are embedded by
                 :attr:`sentence_encoder`. None: the model gives all layer groups the same weight; ``apply_chat_template`` knows
                 the turns, and passes them.
-            kwargs: as for any processor of transformers (``padding``, ``return_tensors`` ...).
+            kwargs: as for any processor of transformers (``padding``, ``return_tensors`` ...); padding goes to the left unless
+                ``padding_side`` says otherwise.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``pixel_values`` (images of the tower, 3, height, width), and
@@ -118,11 +123,15 @@ class IgvaLlavaProcessor(ProcessorMixin):
         counts: list[int] = []
         text = [text] if isinstance(text, str) else text
         if images is not None:
+            images = self.image_processor.fetch_images(images)
             self.validate_inputs(images=images, text=text)
             shown = [self.views(picture) for picture in self._pictures(images)]
             counts, images = [len(of_picture) for of_picture in shown], [view for of_picture in shown for view in of_picture]
         if counts and text is not None:
             text = self._repeat_placeholders(text, counts)
+        if text is not None and "padding_side" not in (kwargs.get("text_kwargs") or {}):
+            # generate() goes on at the end of each row.
+            kwargs.setdefault("padding_side", "left")
         features = super().__call__(images=images, text=text, **kwargs)
         if instruction is not None:
             turns = [instruction] * len(counts) if isinstance(instruction, str) else list(instruction)
@@ -137,7 +146,7 @@ class IgvaLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Where it makes model inputs (``tokenize=True, return_dict=True``), the instruction of each
-        picture is taken from the user's turns of its conversation under :attr:`instruction_policy`, if there is a sentence
+        picture is taken from the user's turns of its conversation under :attr:`question_policy`, if there is a sentence
         encoder and ``processor_kwargs`` names no ``instruction``.
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
@@ -160,8 +169,8 @@ class IgvaLlavaProcessor(ProcessorMixin):
         return views(picture, self.aspect_ratio, mean, side, self.anyres_grids)
 
     def _pictures(self, images: Any) -> list[Image.Image]:
-        """Flat, in RGB; addresses and paths are read as transformers reads them."""
-        flat = make_flat_list_of_images(self.image_processor.fetch_images(images))
+        """Flat, in RGB."""
+        flat = make_flat_list_of_images(images)
         return [(image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB") for image in flat]
 
     def _repeat_placeholders(self, texts: Sequence[str], counts: Sequence[int]) -> list[str]:
@@ -274,7 +283,10 @@ class IgvaLlavaProcessor(ProcessorMixin):
     def _with_placeholders(self, content: str | Sequence[dict[str, Any]]) -> str:
         if isinstance(content, str):
             return content
-        return "".join(f"{self.image_token}\n" if part["type"] == "image" else part["text"] for part in content)
+        # image_url: OpenAI's form, which transformers takes too.
+        return "".join(
+            f"{self.image_token}\n" if part["type"] in ("image", "image_url") else part.get("text", "") for part in content
+        )
 
     def _resolve_template(self, chat_template: str | None) -> str:
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -319,9 +331,7 @@ class IgvaLlavaProcessor(ProcessorMixin):
         return self._sentence_encoder.encode(list(sentences))
 
     def _embed_turns(self, conversations: Sequence[Sequence[str]]) -> Tensor:
-        return embed_instructions(
-            conversations, self.encode_instructions, self.instruction_policy, image_token=self.image_token
-        )
+        return embed_instructions(conversations, self.encode_instructions, self.question_policy, image_token=self.image_token)
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 

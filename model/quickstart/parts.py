@@ -301,16 +301,15 @@ def convert_language_model(root: Path, target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise PartError("the language model is read with gguf, which is not installed: pip install gguf")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model._hf_compat import gguf_options
 
     (file,) = LANGUAGE_MODEL.files
     tokenizer = AutoTokenizer.from_pretrained(str(root), gguf_file=file)
     # Set by hand: some versions of transformers recover <|im_start|> as the end, and no padding token.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
-    # Without dequantize the model counts as quantised and can be neither saved nor trained.
-    language_model = AutoModelForCausalLM.from_pretrained(
-        str(root), gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    language_model = AutoModelForCausalLM.from_pretrained(str(root), gguf_file=file, dtype=torch.float32, **gguf_options())
     if hasattr(language_model.config, "quantization_config"):
         del language_model.config.quantization_config
     for config in (language_model.config, language_model.generation_config):

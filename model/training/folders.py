@@ -195,11 +195,15 @@ def require_checkpoint(name: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no model of this package.
+        ValueError: the folder holds no model of this package, or its ``config.json`` is damaged.
     """
     folder = Path(name)
     if folder.exists():
-        if not is_checkpoint(folder):
+        try:
+            found = is_checkpoint(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'} is damaged ({error}); copy or download it again") from error
+        if not found:
             raise ValueError(
                 f"{folder} holds no {IgvaLlavaConfig.model_type} checkpoint; give the output_dir of a finished training run"
             )

@@ -39,7 +39,7 @@ def test_turns_pictures_and_instruction_are_those_of_the_whole_conversation(load
     second = conversation.ask("And this one?", max_new_tokens=4)
     turns += [Turn("assistant", first[0]), Turn("user", "<image>\nAnd this one?")]
     assert second == by_hand(loaded, turns, [RED, BLUE])
-    assert second[1] != first[1]  # the mean of both questions weighs otherwise
+    assert second[1] != first[1]  # the last question weighs otherwise
     assert conversation.turns == (*turns, Turn("assistant", second[0]))
 
 

@@ -33,6 +33,9 @@ def command_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 ..."), "smaller micro_batch_size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller micro_batch_size"),
         (MemoryError(), "out of memory (MemoryError)"),
+        (OSError(12, "Cannot allocate memory"), "out of memory ([Errno 12]"),
+        (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
+        (KeyError("weight_map"), "there is no entry 'weight_map' where one is expected"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, text):
@@ -47,6 +50,12 @@ def test_debug_shows_where(monkeypatch, capsys):
     command_that_raises(monkeypatch, ValueError("group 3 is empty"))
     assert cli.main(["broken", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interruption_has_a_status_of_its_own(monkeypatch, capsys):
+    command_that_raises(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["broken"]) == 130
+    assert capsys.readouterr().err == "igva: interrupted\n"
 
 
 @pytest.mark.parametrize("error", [AssertionError("x"), AttributeError("y"), ZeroDivisionError()])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
+import transformers
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTMAEConfig
 
 from igva_kernels import FusionPlan
-from model import IgvaLlavaConfig
+from model import IgvaLlavaConfig, _hf_compat
 from model._hf_compat import check_version, load_image_processor, pil_image_processor
 from model.configuration import num_prefix_tokens_of
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST, SETUP = ROOT / "constraints-oldest.txt", ROOT / "setup.py"
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
 
@@ -108,6 +116,22 @@ def test_tied_embeddings_are_taken_from_the_language_model(make_config):
 def test_a_transformers_outside_the_range_is_refused(version):
     with pytest.raises(ImportError, match=rf"needs transformers>=5\.10,<6, found {version}"):
         check_version(version)
+
+
+def test_the_range_is_asked_on_import(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.0")
+    spec = importlib.util.spec_from_file_location("a_copy", _hf_compat.__file__)
+    with pytest.raises(ImportError, match=r"found 4\.57\.0; install a version of that range"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_lowest_versions_that_are_tested_are_the_lowest_that_setup_admits():
+    """`make test-transformers-oldest` installs those of constraints-oldest.txt."""
+    pinned = dict(line.split("==") for line in OLDEST.read_text().splitlines() if line and not line.startswith("#"))
+    admitted = dict(re.findall(r'"([a-z-]+)>=([\d.]+)', SETUP.read_text()))
+    for name in ("transformers", "accelerate", "peft", "sentence-transformers"):
+        lowest = admitted[name].split(".")
+        assert pinned[name].split(".")[: len(lowest)] == lowest, name
 
 
 @pytest.mark.parametrize("version", ["5.10.0", "5.23.0"])
