@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from model._hf_compat import load_image_processor, pil_image_processor
 from model.chat_templates import CHAT_TEMPLATES
 from model.configuration import IgvaLlavaConfig
+from model.gguf import load_language_model, load_tokenizer, place
 from model.instruction import Encoder, SentenceEncoder
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
@@ -56,14 +57,15 @@ def build_model(
 
     Args:
         vision_tower: folder or hub name; of a CLIP or SigLIP checkpoint with both halves the vision half is loaded.
-        language_model: folder or hub name of a Llama-like causal language model with its tokenizer. If the tokenizer does not
-            know ``<image>``, the token is added and the embeddings grow to hold it.
+        language_model: folder, hub name or GGUF file of a Llama-like causal language model with its tokenizer. If the tokenizer
+            does not know ``<image>``, the token is added and the embeddings grow to hold it.
         fusion, token_pooling, projector_hidden_act, projector_input_norm, projector_output_norm, image_size, num_prefix_tokens,
             balance_loss_weight, legacy_double_softmax: see :class:`model.configuration.IgvaLlavaConfig`.
         dtype: of all parameters.
         attn_implementation: of tower and language model; None lets transformers choose.
 
     Raises:
+        FileNotFoundError, ImportError: a GGUF file that is not there, or cannot be read without gguf.
         ValueError: settings that contradict each other or the parts, or a language model whose head is not a plain matrix.
     """
     options: dict[str, Any] = {"dtype": dtype}
@@ -83,14 +85,14 @@ def build_model(
         "legacy_double_softmax": legacy_double_softmax,
         "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     }
-    text_config = AutoConfig.from_pretrained(language_model)
+    text_config = part_config(language_model)
     IgvaLlavaConfig(vision_config=_vision_config(vision_tower), text_config=text_config, **settings)
 
     tower = AutoModel.from_pretrained(vision_tower, config=_vision_config(vision_tower), **options)
-    causal_lm = AutoModelForCausalLM.from_pretrained(language_model, **options)
+    causal_lm = load_language_model(language_model, **options)
     for part, source in ((tower, vision_tower), (causal_lm, language_model)):
-        if Path(source).is_dir():
-            # A checkpoint names the hub repositories that it came from, but no folder of this machine.
+        if Path(source).exists():
+            # A checkpoint names the hub repositories that it came from, but no folder or file of this machine.
             part.config.name_or_path = ""
     return assemble_model(tower, causal_lm, len(tokenizer), settings, dtype=dtype)
 
@@ -147,7 +149,7 @@ def build_processor(
 
     Args:
         vision_tower: folder or hub name; its image processor's normalisation is kept, its size is set.
-        language_model: folder or hub name; its tokenizer gets ``<image>``.
+        language_model: folder, hub name or GGUF file; its tokenizer gets ``<image>``.
         config: the model's configuration.
         sentence_encoder: folder, hub name or encoder; None for none (instruction embeddings then come from elsewhere).
         image_size: side of the pictures; by default ``config.image_size``.
@@ -193,9 +195,15 @@ def _vision_config(vision_tower: str | Path) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
+def part_config(part: str | Path) -> PreTrainedConfig:
+    """The configuration of a part in a folder, at the hub or, for language models, in a GGUF file."""
+    folder, which = place(part)
+    return AutoConfig.from_pretrained(folder, **which)
+
+
 def tokenizer_with_image_token(language_model: str | Path) -> Any:
-    """The tokenizer of a folder or hub name, with ``<image>`` added where it lacks it."""
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    """The tokenizer of a folder, hub name or GGUF file, with ``<image>`` added where it lacks it."""
+    tokenizer = load_tokenizer(language_model)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer

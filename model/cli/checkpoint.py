@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers import AutoProcessor
 
 import model as _registration  # noqa: F401 (the Auto classes learn of the model type)
+from model.adapters import adapter_folder, load_adapted
 from model.instruction import InstructionPolicy
+from model.loading import load_model
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
+from model.quantization import Quantization, loading_options
 from model.training.folders import require_checkpoint
 
 
@@ -30,41 +31,36 @@ class Checkpoint:
 
     @property
     def instruction_policy(self) -> InstructionPolicy:
-        """Which turns stand for the instruction."""
-        return self.processor.instruction_policy
+        """Which turns stand for the instruction of a question."""
+        return self.processor.question_policy
 
 
-def load_checkpoint(name: str) -> Checkpoint:
+def load_checkpoint(
+    name: str, *, base: str | None = None, quantization: Quantization | None = None, dtype: str = "auto"
+) -> Checkpoint:
     """Load a folder, or a hub name, onto the GPU if there is one.
 
+    Args:
+        name: a checkpoint, or adapters.
+        base: where ``name`` is a folder of adapters, the checkpoint that they were trained from; None: the one that they name.
+        quantization: see :func:`model.quantization.quantization_config`.
+        dtype: of the weights, by its name in torch; ``"auto"``: that of the checkpoint.
+
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no model of this package, or weights of another model than its config describes.
+        FileNotFoundError: there is no such folder, or it lacks a file.
+        ImportError: the library of the quantisation is not installed.
+        ValueError: the folder holds no model of this package, a damaged file, weights of another model than its config
+            describes, or another sentence encoder than the one that was saved; ``base`` for what is no folder of adapters.
     """
-    require_checkpoint(name)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of what does not fit, a line a tensor; ours is one line
-    try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    _check_complete(name, model, loading)
-    if torch.cuda.is_available():
+    options = loading_options(quantization, "auto" if dtype == "auto" else getattr(torch, dtype))
+    adapters = adapter_folder(name)
+    if adapters is not None:
+        model, processor = load_adapted(adapters, base, **options)
+    elif base is not None:
+        raise ValueError(f"--base goes with a folder of adapters, and {name} is none; leave it out")
+    else:
+        require_checkpoint(name)
+        model, processor = load_model(name, **options), AutoProcessor.from_pretrained(name)
+    if torch.cuda.is_available() and quantization is None:
         model = model.cuda()
-    return Checkpoint(model.eval(), AutoProcessor.from_pretrained(name))
-
-
-def _check_complete(name: str, model: IgvaLlavaForConditionalGeneration, loading: dict[str, Any]) -> None:
-    """Refuse what transformers only warns of: weights that are not there, or of another shape, would be random."""
-    wrong = [f"{key} is missing" for key in sorted(loading["missing_keys"])]
-    wrong += [f"{key} is {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in sorted(loading["mismatched_keys"])]
-    wrong += [f"{key} has no place in it" for key in sorted(loading["unexpected_keys"])]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"the weights in {name} are not those of the model that its config.json describes, with the fusion "
-            f"{model.config.fusion['type']!r}: {'; '.join(wrong[:3])}{more}. Take config.json and weights from one checkpoint; "
-            "`igva convert` changes the fusion's order"
-        )
+    return Checkpoint(model.eval(), processor)

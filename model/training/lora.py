@@ -1,14 +1,16 @@
 """Low-rank adapters on the language model, saved together with what else was trained, and merged.
 
 The adapters go into the model itself: it stays an ``IgvaLlavaForConditionalGeneration``, and its forward, its loss
-arguments and its generation are the same with and without them. A folder of adapters holds
-
-    adapter_config.json, adapter_model.safetensors     what peft writes
-    projector_and_allocator.safetensors                the other trained parts: without them it is half a checkpoint
+arguments and its generation are the same with and without them. A folder of adapters is one of peft's: its
+``adapter_config.json`` names projector and fusion (IGVA's allocator) under ``modules_to_save``, and
+``adapter_model.safetensors`` holds their tensors beside the adapters', under the names that peft gives them. So
+``PeftModel.from_pretrained(base, folder)`` loads all that was trained, and never half of it.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,15 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model.quantization import is_quantized
 from model.training.recipe import LoraSettings
 
 if TYPE_CHECKING:
     from model.modeling import IgvaLlavaForConditionalGeneration
 
 ADAPTER_FILE = "adapter_model.safetensors"
-TRAINED_PARTS_FILE = "projector_and_allocator.safetensors"
+CONFIG_FILE = "adapter_config.json"
 _LANGUAGE_MODEL = "model.language_model"
-_TRAINED_PARTS = ("model.multi_modal_projector.", "model.fusion.")
+_TRAINED_PARTS = ("model.multi_modal_projector", "model.fusion")
+
+#: What ``PeftModel`` puts before the names of the model that it wraps.
+_PEFT_PREFIX = "base_model.model."
 
 
 def add_lora(model: IgvaLlavaForConditionalGeneration, settings: LoraSettings) -> None:
@@ -46,6 +52,9 @@ def add_lora(model: IgvaLlavaForConditionalGeneration, settings: LoraSettings) -
         bias="none",
     )
     _inject(config, model)
+    if is_quantized(model):
+        # transformers' Trainer refuses a quantised model whose adapters it does not know of.
+        model._hf_peft_config_loaded = True
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -54,50 +63,73 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def save_adapters(
-    model: IgvaLlavaForConditionalGeneration, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+    model: IgvaLlavaForConditionalGeneration,
+    folder: str | Path,
+    state: dict[str, torch.Tensor] | None = None,
+    *,
+    base: str | None = None,
 ) -> None:
-    """Write adapters, projector and allocator of a model that was given adapters by :func:`add_lora`.
+    """Write adapters, projector and fusion of a model that was given adapters by :func:`add_lora`, as peft would.
 
     Args:
         model: with adapters.
         folder: made where it is missing.
         state: the model's state dict, where the model itself holds shards only; None: the model's own.
+        base: the checkpoint that the adapters belong to, a hub name or the name of a folder; None names none.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    peft = _peft()
     _require_lora(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
-    save_file(_contiguous(peft.get_peft_model_state_dict(model, state_dict=state)), folder / ADAPTER_FILE)
-    save_file(_contiguous(_trained_parts(state)), folder / TRAINED_PARTS_FILE)
+    parts = _trained_parts(state)
+    tensors = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in {**_adapters(model, state), **parts}.items()}
+    save_file(_contiguous(tensors), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    config.modules_to_save = [part for part in _TRAINED_PARTS if any(name.startswith(f"{part}.") for name in parts)]
+    config.base_model_name_or_path = base
     # Last, as its presence says that the folder is whole.
-    model.peft_config["default"].save_pretrained(str(folder))
+    config.save_pretrained(str(folder))
 
 
 def load_adapters(model: IgvaLlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Load what :func:`save_adapters` wrote into the base model it was trained from; adds adapters where there are
-    none.
+    """Load what :func:`save_adapters`, or peft itself, wrote into the base model it was trained from; adds adapters where
+    there are none. IGVA's fusion is switched to stage 2.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: the tensors do not fit the model.
+        ValueError: adapters of another kind than LoRA (DoRA and its other variants are LoRA to peft), or tensors that do not
+            fit the model: another model's, or a folder without projector and fusion.
     """
     peft = _peft()
     folder = Path(folder)
-    for name in ("adapter_config.json", ADAPTER_FILE, TRAINED_PARTS_FILE):
+    for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a folder of adapters, or was not written to its end")
-    parts = load_file(folder / TRAINED_PARTS_FILE)
-    _check_fit(_trained_parts(model.state_dict()), parts, folder / TRAINED_PARTS_FILE)
+    kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{folder} holds adapters of the kind {kind!r}, expected 'LORA'; load others with PeftModel")
+    file = folder / ADAPTER_FILE
+    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    parts = _trained_parts(tensors)
+    _check_fit(_trained_parts(model.state_dict()), parts, file)
     if not has_lora(model):
-        _inject(peft.LoraConfig.from_pretrained(str(folder)), model)
-    adapters = load_file(folder / ADAPTER_FILE)
-    _check_fit(peft.get_peft_model_state_dict(model), adapters, folder / ADAPTER_FILE)
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        # Projector and fusion are loaded in place: a wrapper around them would hide what they are from the kernels.
+        config.modules_to_save = None
+        _inject(config, model)
+    adapters = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    _check_fit(_adapters(model, model.state_dict()), adapters, file)
     peft.set_peft_model_state_dict(model, adapters)
-    model.load_state_dict(parts, strict=False)
+    if model.fusion_stage is not None:
+        # Adapters are of stage 2; what they were trained from may be of stage 1, whose weights are uniform.
+        model.set_fusion_stage(2)
+    for part in _TRAINED_PARTS:
+        state = {name.removeprefix(f"{part}."): tensor for name, tensor in parts.items() if name.startswith(f"{part}.")}
+        if state:
+            model.get_submodule(part).load_state_dict(state)
 
 
 @torch.no_grad()
@@ -128,11 +160,14 @@ def merged_state(model: IgvaLlavaForConditionalGeneration, state: dict[str, torc
         state: its whole state dict.
 
     Raises:
-        ValueError: the model has no adapters, or a merged weight is not finite.
+        ValueError: the model has no adapters, or such with more than two factors (DoRA), which :func:`merge_lora` merges; or a
+            merged weight is not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     _require_lora(model)
+    if any(".lora_magnitude_vector." in name or (".lora_B." in name and name.endswith(".bias")) for name in state):
+        raise ValueError("the adapters are no plain LoRA (DoRA, or with biases); merge them in the model, with merge_lora")
     merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -173,7 +208,14 @@ def _target_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
 
 
 def _trained_parts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in state.items() if name.startswith(_TRAINED_PARTS)}
+    prefixes = tuple(f"{part}." for part in _TRAINED_PARTS)
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+
+
+def _adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # The embeddings are the base's: asked whether they changed, peft would look for the base at the hub.
+    adapters: dict[str, torch.Tensor] = _peft().get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return adapters
 
 
 def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], file: Path) -> None:

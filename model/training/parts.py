@@ -7,15 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 import model as _registration  # noqa: F401 (the Auto classes learn of the model type)
-from model.build import IMAGE_TOKEN, build_model, build_processor, padded_vocabulary, tokenizer_with_image_token
+from model.build import (
+    IMAGE_TOKEN,
+    build_model,
+    build_processor,
+    padded_vocabulary,
+    part_config,
+    tokenizer_with_image_token,
+)
 from model.configuration import IgvaLlavaConfig
 from model.fusions import takes_text
+from model.gguf import is_gguf
 from model.instruction import SentenceEncoder
+from model.loading import load_model
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
+from model.quantization import Quantization, loading_options
 from model.training.folders import require_checkpoint
 from model.training.recipe import ModelSource, load_recipe
 
@@ -49,12 +59,19 @@ _PUBLISHED: dict[str, PreTrainedConfig] = {
 _PUBLISHED_ENCODERS = {"sentence-transformers/all-mpnet-base-v2": 768}
 
 
-def load_parts(source: ModelSource) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
-    """The model in fp32 and its processor, from a checkpoint or from parts."""
+def load_parts(
+    source: ModelSource, quantization: Quantization | None = None
+) -> tuple[IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor]:
+    """The model in fp32 and its processor, from a checkpoint or from parts.
+
+    Args:
+        source: where they are.
+        quantization: how the language model of a checkpoint is held; see :mod:`model.quantization`.
+    """
     encoder = SentenceEncoder(source.sentence_encoder) if source.sentence_encoder else None
     if source.checkpoint is not None:
         require_checkpoint(source.checkpoint)
-        model = AutoModelForImageTextToText.from_pretrained(source.checkpoint, dtype=torch.float32)
+        model = load_model(source.checkpoint, **loading_options(quantization, torch.float32))
         processor = AutoProcessor.from_pretrained(source.checkpoint)
         if encoder is not None:
             processor.sentence_encoder = encoder
@@ -157,9 +174,9 @@ def _part_config(name: str) -> Any:
     if name in _PUBLISHED:
         return _PUBLISHED[name].__class__.from_dict(_PUBLISHED[name].to_dict())
     # A path that is not there would be asked for at the hub, which says at length that it knows no such name.
-    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+    if not is_gguf(name) and not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
         raise FileNotFoundError(f"no folder {name}")
-    return AutoConfig.from_pretrained(name)
+    return part_config(name)
 
 
 def _ensure_padding(processor: IgvaLlavaProcessor) -> None:

@@ -82,7 +82,13 @@ def hold_frozen_weights(
     if setting == "fp32" or precision != "bf16" or (setting == "auto" and device.type != "cuda"):
         return 0
     parts = (model.model.vision_tower, model.model.language_model, model.lm_head)
-    frozen = {parameter for part in parts for parameter in part.parameters() if not parameter.requires_grad}
+    # Quantised weights are parameters of other classes, and stay as they are.
+    frozen = {
+        parameter
+        for part in parts
+        for parameter in part.parameters()
+        if not parameter.requires_grad and type(parameter) is nn.Parameter
+    }
     for parameter in frozen:
         parameter.data = parameter.data.to(torch.bfloat16)
     return sum(parameter.numel() for parameter in frozen)

@@ -198,7 +198,7 @@ def test_sharded_adapters_are_those_of_ddp_and_are_merged_as_they_are(way, runs)
         torch.testing.assert_close(merged.state_dict()[name], tensor, atol=1e-3, rtol=0, msg=name)
     name = "model.language_model.layers.0.self_attn.q_proj"
     adapters = load_file(checkpoint / "adapters" / ADAPTER_FILE)
-    down, up = (adapters[f"{name}.lora_{part}.weight"] for part in "AB")
+    down, up = (adapters[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = sharded["state"][f"{name}.base_layer.weight"] + up @ down * (LORA.alpha / LORA.r)
     torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), expected, atol=1e-6, rtol=0)
     assert up.any()

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from model.training.lora import (
     ADAPTER_FILE,
-    TRAINED_PARTS_FILE,
+    CONFIG_FILE,
     add_lora,
     has_lora,
     load_adapters,
@@ -78,8 +79,88 @@ def test_saved_adapters_with_projector_and_allocator_give_the_same_logits(traine
 
 def test_the_folder_holds_projector_and_allocator(trained, tmp_path):
     save_adapters(trained[1], tmp_path)
-    prefixes = {name.split(".")[1] for name in load_file(tmp_path / TRAINED_PARTS_FILE)}
-    assert prefixes == {"multi_modal_projector", "fusion"}
+    prefixes = {name.removeprefix("base_model.model.model.").split(".")[0] for name in load_file(tmp_path / ADAPTER_FILE)}
+    assert prefixes == {"multi_modal_projector", "fusion", "language_model"}
+
+
+def test_they_bring_a_base_of_stage_1_to_stage_2(trained, make_batch, tmp_path):
+    base, model = trained
+    save_adapters(model, tmp_path)
+    base.set_fusion_stage(1)
+    load_adapters(base, tmp_path)
+    assert base.fusion_stage == 2
+    assert torch.equal(logits(base, make_batch), logits(model, make_batch))
+
+
+@pytest.mark.parametrize("fusion", [None, {"type": "llava"}, {"type": "mmfuser", "layers": [1, 2, -2], "num_heads": 4}])
+def test_peft_loads_them_whole_merges_them_and_writes_what_we_read(fusion, make_model, make_batch, tmp_path):
+    model = make_model(fusion=fusion)
+    bases = [copy.deepcopy(model) for _ in range(2)]
+    add_lora(model, LoraSettings(r=2, alpha=4, dropout=0.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name or "multi_modal_projector" in name or ".fusion." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = logits(model, make_batch)
+    save_adapters(model, tmp_path / "ours")
+
+    wrapped = PeftModel.from_pretrained(bases[0], str(tmp_path / "ours"))
+    # The norm that may run within the pass over the layers runs on its own under peft's wrapper: rounding.
+    torch.testing.assert_close(logits(wrapped, make_batch), expected, atol=1e-5, rtol=0)
+    wrapped.save_pretrained(str(tmp_path / "theirs"))
+    load_adapters(bases[1], tmp_path / "theirs")
+    assert torch.equal(logits(bases[1], make_batch), expected)
+
+    merged = wrapped.merge_and_unload()
+    merge_lora(model)
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_dora_adapters_of_peft_load_and_merge(make_model, make_batch, tmp_path):
+    base = make_model()
+    other = copy.deepcopy(base)
+    config = LoraConfig(
+        r=2, use_dora=True, target_modules=["q_proj", "v_proj"], modules_to_save=["model.multi_modal_projector", "model.fusion"]
+    )
+    wrapped = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.rand_like(parameter))
+    expected = logits(wrapped, make_batch)
+    wrapped.save_pretrained(str(tmp_path))
+    load_adapters(other, tmp_path)
+    torch.testing.assert_close(logits(other, make_batch), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no plain LoRA"):
+        merged_state(other, other.state_dict())
+    merge_lora(other)
+    assert not has_lora(other)
+    torch.testing.assert_close(logits(other, make_batch), expected, atol=1e-4, rtol=0)
+
+
+def test_adapters_without_projector_or_with_embeddings_are_refused(trained, make_model, tmp_path):
+    base, model = trained
+    save_adapters(model, tmp_path)
+    tensors = load_file(tmp_path / ADAPTER_FILE)
+    save_file({name: tensor for name, tensor in tensors.items() if ".lora_" in name}, tmp_path / ADAPTER_FILE)
+    with pytest.raises(ValueError, match=r"does not fit the model: .* is absent in the file"):
+        load_adapters(base, tmp_path)
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    tensors["base_model.model.model.language_model.embed_tokens.weight"] = embeddings
+    save_file(tensors, tmp_path / ADAPTER_FILE)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is .* in the file and absent in the model"):
+        load_adapters(base, tmp_path)
+
+
+def test_adapters_of_another_kind_are_refused(trained, tmp_path):
+    base, model = trained
+    save_adapters(model, tmp_path)
+    text = (tmp_path / CONFIG_FILE).read_text().replace('"LORA"', '"IA3"')
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError, match="of the kind 'IA3'"):
+        load_adapters(base, tmp_path)
 
 
 def test_merging_leaves_a_plain_model_with_the_same_logits(trained, make_batch):
@@ -124,7 +205,7 @@ def test_a_merged_model_loads_without_adapters(trained, make_batch, tmp_path):
     torch.testing.assert_close(logits(loaded, make_batch), logits(model, make_batch), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("missing", [ADAPTER_FILE, TRAINED_PARTS_FILE, "adapter_config.json"])
+@pytest.mark.parametrize("missing", [ADAPTER_FILE, CONFIG_FILE])
 def test_half_a_folder_of_adapters_is_refused(missing, trained, tmp_path):
     base, model = trained
     save_adapters(model, tmp_path)
