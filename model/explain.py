@@ -6,7 +6,7 @@ Legend: I images · Q questions · K layer groups · E sentence width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from model.answering import embed_questions, generate_tokens, pixels_of, render_prompt
+from model.answering import Reply, embed_questions, generate_tokens, pixels_of, render_prompt
 from model.data.llava_json import IMAGE_PLACEHOLDER, Turn
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ def collapse(weights: Tensor) -> str | None:
 
     Weights of several different questions are needed to tell that the instruction is not read.
     """
+    if weights.shape[-1] == 1:
+        return None  # the only group has all of the weight, as it should
     mean = weights.mean(0)
     top = int(mean.argmax())
     if mean[top] > ONE_GROUP:
@@ -164,6 +166,12 @@ def collapse(weights: Tensor) -> str | None:
     if len(weights) > 1 and weights.std(0).max() < SAME_FOR_ALL:
         return "the weights are the same for all these questions: the instruction is not read"
     return None
+
+
+def collapse_of(replies: Iterable[Reply]) -> str | None:
+    """:func:`collapse` over the different instructions of some answers; None where none was read."""
+    rows = {reply.instruction: reply.weights for reply in replies if reply.instruction and reply.weights}
+    return collapse(torch.tensor(list(rows.values()))) if rows else None
 
 
 @contextmanager

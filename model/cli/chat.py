@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.cli.ask import weight_bars
 from model.cli.errors import explain
+from model.cli.loading_arguments import add_loading_arguments, given_loading_arguments
 
 if TYPE_CHECKING:
-    from model.answering import Conversation
+    from model.answering import Conversation, Reply
 
 _EXAMPLES = """examples:
   igva chat runs/mine picture.jpg
@@ -27,7 +31,9 @@ COMMANDS = """  /image PATH   show a picture, and begin anew
   /clear        forget pictures and turns
   /weights      switch the bars of the layer groups on or off
   /help         this list
-  /quit         leave; so do Ctrl-D and Ctrl-C"""
+  /quit         leave; so do Ctrl-D and Ctrl-C
+
+Ctrl-C while an answer comes stops the answer, and the chat goes on."""
 
 
 class Chat:
@@ -49,6 +55,8 @@ class Chat:
     ) -> None:
         self.conversation, self.say, self.stream, self.max_new_tokens = conversation, say, stream, max_new_tokens
         self.shows_weights = True
+        self._replies: list[Reply] = []
+        self._warned: str | None = None
 
     def take(self, line: str) -> bool:
         """Answer a line; False where it ends the chat.
@@ -94,25 +102,54 @@ class Chat:
             raise ValueError(f"no command {command}; /help lists them")
 
     def _answer(self, question: str) -> None:
-        from transformers import TextStreamer
+        from model.explain import collapse_of
 
-        stream = self.stream
+        stop, shown = threading.Event(), 0
 
-        class Pieces(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                stream(text)
+        def show(reply: Reply) -> None:
+            nonlocal shown
+            self.stream(reply.text[shown:])
+            shown = len(reply.text)
 
-        tokenizer = self.conversation.processor.tokenizer
-        streamer = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        _, weights = self.conversation.ask(question, max_new_tokens=self.max_new_tokens, streamer=streamer)
-        self.say("")
-        if weights is not None and self.shows_weights:
+        with _on_interrupt(stop):
+            reply = self.conversation.reply(question, max_new_tokens=self.max_new_tokens, stop=stop, on_progress=show)
+        self.say("" if reply.is_whole else " (stopped)")
+        if reply.weights is not None and self.shows_weights:
             groups = self.conversation.model.config.fusion_plan(stage=2).groups
-            self.say(weight_bars(weights, groups))
+            self.say(weight_bars(reply.weights, groups))
+        elif self.shows_weights and not self._replies and not self.conversation.model.reads_instruction:
+            self.say("(this checkpoint mixes its layers in a fixed way: there are no weights to show)")
+        self._replies.append(reply)
+        self._warn(collapse_of(self._replies))
+
+    def _warn(self, warning: str | None) -> None:
+        """Say what is wrong with the allocator, once."""
+        if warning is not None and warning != self._warned:
+            self.say(f"warning: {warning}")
+        self._warned = warning or self._warned
+
+
+@contextmanager
+def _on_interrupt(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C sets the event; a second one interrupts, as it does outside."""
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+
+    def interrupted(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # options may stand between pictures
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}")
 
@@ -122,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     from model.data.images import open_image
 
     images = [open_image(path) for path in arguments.images]
-    checkpoint = load_checkpoint(arguments.checkpoint)
+    checkpoint = load_checkpoint(arguments.checkpoint, **given_loading_arguments(arguments))
     conversation = Conversation(checkpoint.model, checkpoint.processor)
     for image in images:
         conversation.show(image)
@@ -158,4 +195,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a finished training run, or a hub name")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures to begin with")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: %(default)s)")
+    add_loading_arguments(parser)
     return parser

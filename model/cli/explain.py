@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from model.explain_report import Row, group_name, require_matplotlib, row_of, write
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,22 +29,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DATA = (".json", ".jsonl")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a question over all pictures, or a kind of question over its samples."""
-
-    name: str
-    count: int
-    mean: tuple[float, ...]
-    spread: tuple[float, ...]
-    """Standard deviation over the count; zeros for one."""
-    entropy: float
-    """Mean entropy of the weights as a share of ln K."""
-
-
 def main(argv: Sequence[str]) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # options may stand between positionals
     source = Path(arguments.source)
     is_data = source.suffix.lower() in DATA
     if is_data and (arguments.questions or arguments.saliency):
@@ -53,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("no question given; ask at least one about the picture")
     if arguments.limit is not None and arguments.limit < 1:
         parser.error(f"--limit must be at least 1, got {arguments.limit}")
+
+    require_matplotlib()
 
     # After the arguments are known to be right: these imports take seconds.
     from rich.console import Console
@@ -77,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(saliency_table(arguments.questions, saliency, groups))
     if warning:
         console.print(f"warning: {warning}", style="yellow")
-    write(Path(arguments.output), rows, groups, saliency, warning)
+    write(Path(arguments.output), rows, groups, warning, saliency)
     console.print(f"figures in {arguments.output}.json, heat map in {arguments.output}.png")
     return 0
 
@@ -112,7 +101,7 @@ def rows_of_questions(checkpoint: Checkpoint, paths: Sequence[Path], questions: 
         for path in tqdm(paths, disable=len(paths) == 1, unit="picture")
     ]
     weights = torch.cat(parts)  # (I, Q, K)
-    return [_row(question, weights[:, index]) for index, question in enumerate(questions)], weights.mean(0)
+    return [row_of(question, weights[:, index]) for index, question in enumerate(questions)], weights.mean(0)
 
 
 def rows_of_data(checkpoint: Checkpoint, data: Path, image_folder: str | None, limit: int | None) -> tuple[list[Row], Tensor]:
@@ -135,9 +124,9 @@ def rows_of_data(checkpoint: Checkpoint, data: Path, image_folder: str | None, l
             checkpoint.model, checkpoint.processor, images, [question.replace(IMAGE_PLACEHOLDER, "").strip()]
         )
         by_kind.setdefault(sample.kind or "unnamed", []).append(weights.mean(dim=(0, 1)))
-    rows = [_row(kind, torch.stack(weights)) for kind, weights in sorted(by_kind.items())]
+    rows = [row_of(kind, torch.stack(weights)) for kind, weights in sorted(by_kind.items())]
     every = torch.stack([weights for of_kind in by_kind.values() for weights in of_kind])
-    return ([*rows, _row("all", every)] if len(rows) > 1 else rows), every
+    return ([*rows, row_of("all", every)] if len(rows) > 1 else rows), every
 
 
 def saliency_of(checkpoint: Checkpoint, path: Path, questions: Sequence[str]) -> list[GroupSaliency]:
@@ -177,71 +166,6 @@ def saliency_table(questions: Sequence[str], saliency: Sequence[GroupSaliency], 
     for question, of_question in zip(questions, saliency, strict=True):
         table.add_row(question, of_question.answer, *(f"{lost:+.2f}" for lost in of_question.lost))
     return table
-
-
-def write(
-    stem: Path,
-    rows: Sequence[Row],
-    groups: Sequence[Sequence[int]],
-    saliency: Sequence[GroupSaliency],
-    warning: str | None,
-) -> None:
-    """STEM.json and STEM.png, each in one piece."""
-    from model.instruction import write_text_atomically
-
-    content: dict[str, Any] = {
-        "groups": [list(group) for group in groups],
-        "rows": [
-            {"name": row.name, "count": row.count, "mean": row.mean, "spread": row.spread, "entropy": row.entropy}
-            for row in rows
-        ],
-        "warning": warning,
-    }
-    if saliency:
-        content["saliency"] = [
-            {"answer": entry.answer, "log_probability": entry.log_probability, "lost": entry.lost} for entry in saliency
-        ]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(Path(f"{stem}.json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    plot(Path(f"{stem}.png"), rows, groups)
-
-
-def plot(path: Path, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> None:
-    """The heat map: a row a question, a column a layer group, the spread below the weight where there is one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.5 + 1.3 * len(groups), 1.2 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    values = [list(row.mean) for row in rows]
-    drawn = axes.imshow(values, vmin=0, cmap="viridis", aspect="auto")
-    middle = max(max(value) for value in values) / 2
-    for y, row in enumerate(rows):
-        for x, (mean, spread) in enumerate(zip(row.mean, row.spread, strict=True)):
-            text = f"{mean:.2f}" + (f"\n± {spread:.2f}" if row.count > 1 else "")
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if mean < middle else "black")
-    axes.set_xticks(range(len(groups)), [f"layers {group_name(group)}" for group in groups])
-    axes.set_yticks(range(len(rows)), [_shortened(row.name) for row in rows])
-    figure.colorbar(drawn, label="weight")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-
-
-def group_name(group: Sequence[int]) -> str:
-    """``1-6``, or ``3`` for a single layer."""
-    return f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0])
-
-
-def _row(name: str, weights: Tensor) -> Row:
-    """Of (n, K) weights."""
-    from model.explain import entropy
-
-    spread = weights.std(0) if len(weights) > 1 else weights[0] * 0
-    return Row(name, len(weights), tuple(weights.mean(0).tolist()), tuple(spread.tolist()), float(entropy(weights).mean()))
-
-
-def _shortened(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _parser() -> argparse.ArgumentParser:

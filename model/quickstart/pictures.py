@@ -195,16 +195,14 @@ def _write(path: Path, records: list[Record]) -> None:
 
 def _emoji(folder: Path, train: PictureCounts, test: PictureCounts, chooser: random.Random) -> list[Record]:
     sprites = {path.stem: Image.open(path).convert("RGBA") for path in sorted(SPRITES.glob("*.png"))}
-    things = list(sprites)
-    compositions = list(product(things, BACKGROUNDS, range(1, len(NUMBERS) + 1)))
-    chooser.shuffle(compositions)
+    things, compositions = list(sprites), emoji_compositions(chooser)
     if train.emoji + test.emoji > len(compositions):
         raise ValueError(f"emoji: {train.emoji} + {test.emoji} pictures asked for, there are {len(compositions)} compositions")
     records = []
     for index, (thing, background, number) in enumerate(compositions[: test.emoji + train.emoji]):
         split = "test" if index < test.emoji else "train"
         name = f"emoji-{split}-{index:05d}.png"
-        _compose(sprites[thing], BACKGROUNDS[background], number, chooser).save(folder / "images" / name)
+        compose(sprites[thing], BACKGROUNDS[background], number, chooser).save(folder / "images" / name)
         asked = thing if chooser.random() < 0.5 else chooser.choice([other for other in things if other != thing])
         answers = {
             "colour": background,
@@ -219,7 +217,15 @@ def _emoji(folder: Path, train: PictureCounts, test: PictureCounts, chooser: ran
     return records
 
 
-def _compose(sprite: Image.Image, background: tuple[int, int, int], number: int, chooser: random.Random) -> Image.Image:
+def emoji_compositions(chooser: random.Random) -> list[tuple[str, str, int]]:
+    """Every thing on every background in every number, shuffled; the first ones are held out of training."""
+    things = sorted(path.stem for path in SPRITES.glob("*.png"))
+    compositions = list(product(things, BACKGROUNDS, range(1, len(NUMBERS) + 1)))
+    chooser.shuffle(compositions)
+    return compositions
+
+
+def compose(sprite: Image.Image, background: tuple[int, int, int], number: int, chooser: random.Random) -> Image.Image:
     """``number`` copies of a sprite on a plain background, in distinct quarters; a single one may also be large."""
     picture = Image.new("RGBA", (IMAGE_SIZE, IMAGE_SIZE), (*background, 255))
     half = IMAGE_SIZE // 2

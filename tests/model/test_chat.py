@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 
 import pytest
 from PIL import Image
@@ -58,6 +59,37 @@ def test_weights_can_be_switched_off(talk, picture):
     said, _ = talk(f"/image {picture}", "/weights", "Which colour?")
     assert "not shown" in said
     assert "layers" not in said.split("not shown")[1]
+
+
+def test_a_fixed_mix_says_so_once(make_model, make_processor, picture):
+    model = make_model(fusion={"type": "llava"}).eval()
+    said = io.StringIO()
+    chat = command.Chat(Conversation(model, make_processor(model.config)), said.write, said.write, max_new_tokens=2)
+    for line in (f"/image {picture}", "Which colour?", "And now?"):
+        chat.take(line)
+    assert said.getvalue().count("there are no weights to show") == 1
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(talk, loaded, picture):
+    steps = []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = loaded[0].register_forward_hook(interrupt)
+    said, chat = talk(f"/image {picture}", "Which colour?")
+    assert len(steps) == 2 and "(stopped)" in said
+    hook.remove()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert chat.take("And now?") and len(chat.conversation.turns) == 4
+
+
+def test_an_allocator_that_has_collapsed_is_told_once(talk, picture, monkeypatch):
+    monkeypatch.setattr("model.explain.collapse", lambda weights: "it is uniform")
+    said, _ = talk(f"/image {picture}", "Which colour?", "How many?")
+    assert said.count("warning: it is uniform") == 1
 
 
 @pytest.mark.parametrize(
