@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -127,6 +128,16 @@ def test_what_cannot_be_drawn_is_said_in_a_line(arguments, text, tmp_path, monke
 def test_weights_that_are_unknown_are_refused():
     with pytest.raises(ValueError, match="weights must be one of 'all', 'image', 'token' or None, got 'head'"):
         draw_plan(FusionPlan.llava(2), weights="head")
+
+
+def test_the_module_needs_no_matplotlib_before_it_draws():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from igva_kernels.picture import bars_of, plan_of\n"
+        "print(len(bars_of(plan_of('FusionPlan.igva(24)'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "5\n", done.stderr
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):
