@@ -131,7 +131,7 @@ def evaluate(
         raise ValueError("samples is empty: there is nothing to evaluate")
     _check_pictures(samples, picture_of)
     model.eval()
-    questions = [_question(sample) for sample in samples]
+    questions = [question_turns(sample) for sample in samples]
     prompts = [render_prompt(processor, turns) for turns in questions]
     embeds = _embeds(model, processor, questions, instruction_policy)
     stop, grids = answer_end_tokens(model, processor), processor.anyres_grids
@@ -141,24 +141,58 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             shown = [samples[index if picture_of is None else picture_of[index]] for index in batch]
-            pictures = [load_images(sample, processor, aspect_ratio, grids) for sample in shown if sample.images]
-            loaded = iter(pictures)
-            counts = torch.tensor([len(next(loaded)) if sample.images else 0 for sample in shown])
-            texts, weights = generate_answers(
+            texts, weights = answer_batch(
                 model,
                 processor,
                 [prompts[index] for index in batch],
-                torch.cat(pictures) if pictures else None,
-                embeds[batch].repeat_interleave(counts, dim=0) if embeds is not None and pictures else None,
+                [load_images(sample, processor, aspect_ratio, grids) if sample.images else None for sample in shown],
+                embeds[batch] if embeds is not None else None,
+                view_counts=[count for sample in shown for count in view_counts(sample, processor, aspect_ratio, grids)],
                 max_new_tokens=max_new_tokens,
                 stop=stop,
-                view_counts=[count for sample in shown for count in view_counts(sample, processor, aspect_ratio, grids)],
             )
-            per_sample = [None] * len(batch) if weights is None else weights.split(counts.tolist())
-            for index, text, rows in zip(batch, texts, per_sample, strict=True):
+            for index, text, rows in zip(batch, texts, weights, strict=True):
                 answers[index] = _answer(samples[index], text, rows)
             bar.update(len(batch))
     return _result([answer for answer in answers if answer is not None])
+
+
+def answer_batch(
+    model: IgvaLlavaForConditionalGeneration,
+    processor: IgvaLlavaProcessor,
+    prompts: Sequence[str],
+    pixel_values: Sequence[Tensor | None],
+    embeds: Tensor | None,
+    *,
+    view_counts: Sequence[int],
+    max_new_tokens: int,
+    stop: Sequence[int] | None = None,
+) -> tuple[list[str], list[Tensor | None]]:
+    """Greedy answers to the prompts of B samples, each with its own number of images.
+
+    Args:
+        prompts: with ``<image>`` placeholders, from :func:`model.answering.render_prompt`.
+        pixel_values: for each sample (I, 3, H, W), or None without pictures.
+        embeds: (B, E), the instruction of each sample, or None.
+        view_counts: images of the tower of each picture, over all samples.
+        max_new_tokens, stop: as for :func:`model.answering.generate_answers`.
+
+    Returns:
+        B texts, and for each sample its fusion weights (I, K), or None where the model computes none.
+    """
+    pictures = [images for images in pixel_values if images is not None]
+    counts = torch.tensor([0 if images is None else len(images) for images in pixel_values])
+    texts, weights = generate_answers(
+        model,
+        processor,
+        prompts,
+        torch.cat(pictures) if pictures else None,
+        embeds.repeat_interleave(counts, dim=0) if embeds is not None and pictures else None,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        view_counts=view_counts,
+    )
+    return texts, [None] * len(prompts) if weights is None else list(weights.split(counts.tolist()))
 
 
 def other_pictures(samples: Sequence[Sample]) -> list[int]:
@@ -194,7 +228,7 @@ def most_frequent_answers(train_samples: Sequence[Sample], samples: Sequence[Sam
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in train_samples:
         for kind in (sample.kind or NO_KIND, OVERALL):
-            by_kind[kind][normalized(_reference(sample))] += 1
+            by_kind[kind][normalized(reference_answer(sample))] += 1
     common = {kind: counts.most_common(1)[0][0] for kind, counts in by_kind.items()}
     return _result([_answer(sample, common.get(sample.kind or NO_KIND, common[OVERALL]), None) for sample in samples])
 
@@ -208,11 +242,13 @@ def _last_answer(sample: Sample) -> int:
     return max(position for position, turn in enumerate(sample.turns) if turn.role == "assistant")
 
 
-def _question(sample: Sample) -> tuple[Turn, ...]:
+def question_turns(sample: Sample) -> tuple[Turn, ...]:
+    """The turns of a sample before its last answer."""
     return sample.turns[: _last_answer(sample)]
 
 
-def _reference(sample: Sample) -> str:
+def reference_answer(sample: Sample) -> str:
+    """The last answer of a sample."""
     return sample.turns[_last_answer(sample)].text.strip()
 
 
@@ -257,9 +293,9 @@ def _rolled(count: int) -> Iterator[int]:
 
 
 def _answer(sample: Sample, text: str, weights: Tensor | None) -> Answer:
-    reference = _reference(sample)
+    reference = reference_answer(sample)
     mean = tuple(weights.mean(0).tolist()) if weights is not None and len(weights) else None
-    question = _question(sample)[-1].text.replace("<image>", "").strip()
+    question = question_turns(sample)[-1].text.replace("<image>", "").strip()
     correct = normalized(text) == normalized(reference)
     return Answer(sample.id, sample.kind or NO_KIND, question, reference, text, correct, mean)
 

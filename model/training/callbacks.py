@@ -114,6 +114,8 @@ def status_text(logs: dict[str, Any]) -> str:
     for key, text in (("loss", "loss {:.4f}"), ("eval_loss", "held-out loss {:.4f}"), ("train_loss", "mean loss {:.4f}")):
         if key in logs:
             parts.append(text.format(logs[key]))
+    if "eval_exact_match" in logs:
+        parts.append(f"exact match {100 * logs['eval_exact_match']:.1f} ± {100 * logs['eval_exact_match_stderr']:.1f} %")
     if "balance" in logs:
         parts.append(f"balance {logs['balance']:.3f}")
     weights = [value for key, value in logs.items() if key.startswith(FUSION_WEIGHT_KEY)]

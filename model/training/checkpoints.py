@@ -26,7 +26,18 @@ _PREFIX = "checkpoint-"
 #: Fields of a recipe that may differ between a run and its continuation: they say what is kept and shown, not what is learned.
 #: ``output_dir`` may, as a run's folder may have been moved.
 _FREE_FIELDS = frozenset(
-    {"name", "output_dir", "log_every", "save_every", "eval_every", "eval_batch_size", "trackers", "resume", "overwrite"}
+    {
+        "name",
+        "output_dir",
+        "log_every",
+        "save_every",
+        "eval_every",
+        "eval_batch_size",
+        "evaluation",
+        "trackers",
+        "resume",
+        "overwrite",
+    }
 )
 _FREE_DATA_FIELDS = frozenset({"path", "image_folder", "eval_path", "instruction_cache", "num_workers"})
 
@@ -98,6 +109,10 @@ class CheckpointFolder:
     def saving(self) -> Path:
         """Where a checkpoint is written."""
         return self.folder / _SAVING
+
+    def of_step(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.folder / f"{_PREFIX}{step}"
 
     def clear(self) -> None:
         """Remove what an interrupted save left."""

@@ -43,23 +43,64 @@ def load_data(
     source = recipe.data
     problems = problems or Problems(source.on_error)
     samples = read_llava_json(source.path, source.image_folder, problems)
-    held_out = read_llava_json(source.eval_path, source.image_folder, problems) if source.eval_path else None
+    held_out_path = recipe.held_out_path
+    held_out = read_llava_json(held_out_path, source.image_folder, problems) if held_out_path else None
     keep_settings(processor, source)
-    embed = None
-    if reads_instruction is None:
-        reads_instruction = recipe.stage == 2
-    # IGVA's stage 1 averages the layers whatever the instruction is.
-    if reads_instruction and processor.sentence_encoder is not None:
-        file = Path(source.instruction_cache or embeddings)
-        if fills:
-            fill_instructions(file, samples + (held_out or []), processor.sentence_encoder, source)
-        fingerprint = processor.sentence_encoder.fingerprint
-        embed = InstructionStore(file, fingerprint=fingerprint, policy=source.instruction_policy).embed
+    embed = _embedding(recipe, processor, samples + (held_out or []), embeddings, reads_instruction, fills)
 
     def dataset(samples: list[Sample]) -> LlavaDataset:
         return _dataset(samples, processor, source, embed, problems)
 
     return dataset(samples), dataset(held_out) if held_out else None
+
+
+def load_questions(
+    recipe: TrainRecipe,
+    processor: IgvaLlavaProcessor,
+    embeddings: Path,
+    held_out: LlavaDataset | None,
+    *,
+    reads_instruction: bool | None = None,
+    problems: Problems | None = None,
+    fills: bool = True,
+) -> LlavaDataset | None:
+    """The held-out questions of ``evaluation``; None where the recipe asks for none.
+
+    Args:
+        held_out: the data of the held-out loss, which may be the same.
+        recipe, processor, embeddings, reads_instruction, problems, fills: as for :func:`load_data`, which comes first.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load_data`.
+    """
+    if recipe.questions_path is None or recipe.questions_path == recipe.held_out_path:
+        return held_out if recipe.questions_path else None
+    problems = problems or Problems(recipe.data.on_error)
+    samples = read_llava_json(recipe.questions_path, recipe.data.image_folder, problems)
+    embed = _embedding(recipe, processor, samples, embeddings, reads_instruction, fills)
+    return _dataset(samples, processor, recipe.data, embed, problems)
+
+
+def _embedding(
+    recipe: TrainRecipe,
+    processor: IgvaLlavaProcessor,
+    samples: list[Sample],
+    embeddings: Path,
+    reads_instruction: bool | None,
+    fills: bool,
+) -> Callable[[Sequence[Sequence[str]]], Tensor] | None:
+    """From the human turns of conversations to their vectors, all in a file; None where nobody reads them."""
+    source = recipe.data
+    if reads_instruction is None:
+        reads_instruction = recipe.stage == 2
+    # IGVA's stage 1 averages the layers whatever the instruction is.
+    if not reads_instruction or processor.sentence_encoder is None:
+        return None
+    file = Path(source.instruction_cache or embeddings)
+    if fills:
+        fill_instructions(file, samples, processor.sentence_encoder, source)
+    fingerprint = processor.sentence_encoder.fingerprint
+    return InstructionStore(file, fingerprint=fingerprint, policy=source.instruction_policy).embed
 
 
 def plain_dataset(

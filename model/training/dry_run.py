@@ -142,6 +142,8 @@ def _check_records(recipe: TrainRecipe, found: DryRun) -> list[Sample]:
         for name, path in (("path", source.path), ("image_folder", source.image_folder), ("eval_path", source.eval_path))
         if path is not None and not Path(path).exists()
     ]
+    if recipe.evaluation.path is not None and not Path(recipe.evaluation.path).exists():
+        missing.append(f"evaluation.path: nothing at {recipe.evaluation.path}")
     found.obstacles += missing
     if source.instruction_cache is not None and not Path(source.instruction_cache).is_file():
         found.notes.append(
@@ -152,8 +154,8 @@ def _check_records(recipe: TrainRecipe, found: DryRun) -> list[Sample]:
     problems = Problems("skip")
     try:
         samples = read_llava_json(source.path, source.image_folder, problems)
-        if source.eval_path is not None:
-            read_llava_json(source.eval_path, source.image_folder, problems)
+        for path in filter(None, {recipe.held_out_path, recipe.questions_path}):
+            read_llava_json(path, source.image_folder, problems)
     except (ValueError, OSError) as error:
         found.obstacles.append(f"data: {_short(error)}")
         return []

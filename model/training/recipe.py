@@ -36,6 +36,7 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Grouping = Literal["modality_length", "random"]
 Attention = Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3"]
 FrozenWeights = Literal["auto", "fp32", "bf16"]
+LanguageModelQuantization = Literal["int8", "nf4"]
 Distributed = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
 # Ten steps show every part of a run at work (data, loss, log, save) and no more.
@@ -52,7 +53,7 @@ class ModelSource:
     vision_tower: str | None = None
     """Folder or hub name of the vision tower (CLIP or DINOv2), for a new model."""
     language_model: str | None = None
-    """Folder or hub name of the causal language model (Llama-like) and its tokenizer, for a new model."""
+    """Folder, hub name or GGUF file of the causal language model (Llama-like) and its tokenizer, for a new model."""
     sentence_encoder: str | None = None
     """Folder or hub name of the sentence-transformers model that embeds the instructions. It is saved with the
     checkpoint. Without one a model trains and runs with uniform weights of the layer groups. With ``checkpoint``, it
@@ -81,7 +82,8 @@ class DataSource:
     image_folder: str | None = None
     """Folder that the image paths of the file are relative to; unset: the folder of the file."""
     eval_path: str | None = None
-    """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps."""
+    """LLaVA JSON file of held-out samples, for the loss on them at the end and every ``eval_every`` steps. How many of their
+    questions the model answers rightly: ``evaluation``."""
     aspect_ratio: AspectRatio = "pad"
     """``pad`` puts an image on a square of the mean colour; ``crop`` keeps its middle (LLaVA's default, there called
     square); ``stretch`` makes it one. ``anyres`` is LLaVA-NeXT's: the whole image, stretched, and tiles of it at full
@@ -137,6 +139,29 @@ class LoraSettings:
 
 
 @dataclass
+class EvaluationSettings:
+    """Answers to held-out questions during the run."""
+
+    exact_match: bool = False
+    """At every evaluation, let the model answer the last question of held-out samples, and log the share of answers that are
+    right, with its standard error, overall and by kind (``level``): ``eval_exact_match`` beside ``eval_loss``. Training is bit
+    for bit the same with and without."""
+    path: str | None = None
+    """LLaVA JSON file of the questions, best with short answers; unset: ``data.eval_path``. Images are found as those of the
+    training data."""
+    max_samples: int | None = None
+    """Questions at most, taken evenly from the file; unset: all of them."""
+    max_new_tokens: int = 16
+    """Longest answer in tokens."""
+    batch_size: int | None = None
+    """Questions at once on one device; unset: ``eval_batch_size``."""
+    keep_best: str | None = None
+    """Metric by which the best of the evaluated steps becomes the finished checkpoint, in place of the last step: ``loss``,
+    ``exact_match`` or ``exact_match_KIND``; unset: the last step. It needs ``eval_every``, and saves a step whenever it is the
+    best so far. Not with sharded weights."""
+
+
+@dataclass
 class TrainRecipe:
     """One training run."""
 
@@ -156,6 +181,12 @@ class TrainRecipe:
     """``frozen``, ``lora`` or ``full``; unset: frozen in stage 1 and full in stage 2."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters, where ``language_model_training`` is ``lora``."""
+    language_model_quantization: LanguageModelQuantization | None = None
+    """Hold the frozen weights under the adapters in 8 bits (``int8``, torchao) or 4 (``nf4``, bitsandbytes: QLoRA). It needs
+    ``language_model_training: lora`` and ``model.checkpoint``, into whose own weights the adapters are merged at the end. The
+    head and everything but the language model stay as they are. Unset: not quantised."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Answers to held-out questions during the run."""
     balance_loss_weight: float = 0.0
     """Weight of the balance term, the mean negative entropy of the group weights, in stage 2: it keeps all groups in
     use."""
@@ -221,7 +252,7 @@ class TrainRecipe:
     """Steps between two intermediate checkpoints in ``OUTPUT_DIR.partial/checkpoints``, of which the newest is kept;
     unset: none."""
     eval_every: int | None = None
-    """Steps between two evaluations on ``data.eval_path``; unset: only at the end."""
+    """Steps between two evaluations on held-out data (``data.eval_path``, ``evaluation``); unset: only at the end."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers of transformers beside the JSONL log, such as ``tensorboard`` or ``wandb``."""
     resume: bool = False
@@ -235,6 +266,8 @@ class TrainRecipe:
         self._check_choices()
         self._check_numbers()
         self._check_parts()
+        self._check_evaluation()
+        self._check_quantization()
 
     # ---- what the run derives from its fields ------------------------------------------------------------------------
 
@@ -248,6 +281,16 @@ class TrainRecipe:
         """Where the finished checkpoint goes: ``output_dir``, or beside it for a smoke run."""
         folder = Path(self.output_dir)
         return folder.with_name(folder.name + "-smoke") if self.smoke else folder
+
+    @property
+    def held_out_path(self) -> str | None:
+        """Data of the held-out loss: ``data.eval_path``, or else the questions of ``evaluation``."""
+        return self.data.eval_path or (self.evaluation.path if self.evaluation.exact_match else None)
+
+    @property
+    def questions_path(self) -> str | None:
+        """Data of the held-out questions; None where none are answered."""
+        return (self.evaluation.path or self.data.eval_path) if self.evaluation.exact_match else None
 
     def accumulation_steps(self, num_processes: int = 1) -> int:
         """Forward passes between two optimizer steps.
@@ -276,6 +319,9 @@ class TrainRecipe:
         _check_choice("scheduler", self.scheduler, get_args(Scheduler))
         _check_choice("frozen_weights", self.frozen_weights, get_args(FrozenWeights))
         _check_choice("attention", self.attention, get_args(Attention))
+        _check_choice(
+            "language_model_quantization", self.language_model_quantization, (None, *get_args(LanguageModelQuantization))
+        )
         if not self.distributed.endswith(".json"):
             _check_choice("distributed", self.distributed, (*get_args(Distributed), "PATH.json"))
         if self.distributed == "fsdp2" and self.frozen_weights == "bf16":
@@ -333,7 +379,7 @@ class TrainRecipe:
                 "compile is set with distributed zero3, whose hooks gather weights inside of the layers, where torch.compile "
                 "would stop at each; set compile to false, or distributed to fsdp2"
             )
-        if self.eval_every and not self.data.eval_path:
+        if self.eval_every and not self.held_out_path:
             raise ValueError("eval_every is set but data.eval_path is not; give a file of held-out samples")
 
     def _check_parts(self) -> None:
@@ -350,6 +396,54 @@ class TrainRecipe:
             given += [name for name in ("projector_input_norm", "projector_output_norm") if getattr(source, name)]
             if given:
                 raise ValueError(f"model.checkpoint already fixes model.{given[0]}; remove one of the two")
+
+    def _check_quantization(self) -> None:
+        if self.language_model_quantization is None:
+            return
+        what = f"language_model_quantization is {self.language_model_quantization}"
+        if self.resolved_language_model_training != "lora":
+            raise ValueError(
+                f"{what}, but language_model_training is {self.resolved_language_model_training}: quantised weights cannot "
+                "learn; set language_model_training to lora"
+            )
+        if self.model.checkpoint is None:
+            raise ValueError(
+                f"{what}, but the model is a new one of parts: the adapters are merged into the weights of a checkpoint at the "
+                "end; set model.checkpoint, such as the output of stage 1"
+            )
+        if self.distributed != "ddp" or self.compile:
+            other = "compile is set" if self.distributed == "ddp" else f"distributed is {self.distributed}"
+            raise ValueError(f"{what}, but {other}, which takes no quantised weights; use distributed ddp without compile")
+
+    def _check_evaluation(self) -> None:
+        settings = self.evaluation
+        for name in ("max_samples", "max_new_tokens", "batch_size"):
+            value = getattr(settings, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+        if settings.exact_match and not self.questions_path:
+            raise ValueError("evaluation.exact_match is set but there are no questions; set evaluation.path or data.eval_path")
+        if settings.path and not settings.exact_match:
+            raise ValueError("evaluation.path is set but evaluation.exact_match is false; set it to true, or remove the path")
+        best = settings.keep_best
+        if best is None:
+            return
+        if best != "loss" and not best.startswith("exact_match"):
+            raise ValueError(f"evaluation.keep_best must be loss, exact_match or exact_match_KIND, got {best!r}")
+        if best != "loss" and not settings.exact_match:
+            raise ValueError(f"evaluation.keep_best is {best} but evaluation.exact_match is false; set it to true")
+        if not self.eval_every:
+            raise ValueError("evaluation.keep_best is set but eval_every is not, so there is nothing to choose from; set it")
+        if self.save_every:
+            raise ValueError(
+                "evaluation.keep_best and save_every are both set, but one intermediate checkpoint is kept; remove one of the "
+                "two: a run with keep_best goes on from its best step"
+            )
+        if self.distributed != "ddp":
+            raise ValueError(
+                f"evaluation.keep_best is set with distributed {self.distributed}, whose shards are not put back during a run; "
+                "remove keep_best, or set distributed to ddp"
+            )
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

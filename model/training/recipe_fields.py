@@ -15,10 +15,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from model.training.recipe import DataSource, LoraSettings, ModelSource, TrainRecipe, load_recipe
+from model.training.recipe import DataSource, EvaluationSettings, LoraSettings, ModelSource, TrainRecipe, load_recipe
 
 #: The parts of a recipe, in the order of the page: key and class.
-_SECTIONS = (("", TrainRecipe), ("model", ModelSource), ("data", DataSource), ("lora", LoraSettings))
+_SECTIONS = (
+    ("", TrainRecipe),
+    ("model", ModelSource),
+    ("data", DataSource),
+    ("lora", LoraSettings),
+    ("evaluation", EvaluationSettings),
+)
 _COMMENT_WIDTH = 110
 
 _PAGE_HEAD = """# Recipes

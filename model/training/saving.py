@@ -64,7 +64,21 @@ class CheckpointingTrainer(Trainer):
                 raise
             finally:
                 self._is_saving = False
+        self._find_best()
         self.accelerator.wait_for_everyone()
+
+    def _find_best(self) -> None:
+        """Where the best checkpoint is by now: transformers noted the folder that it was written to."""
+        if self.state.best_global_step and self.state.best_model_checkpoint is not None:
+            self.state.best_model_checkpoint = str(self.checkpoints.of_step(self.state.best_global_step))
+
+    def _load_best_model(self) -> None:
+        self._find_best()
+        target = self.accelerator.unwrap_model(self.model)
+        if has_lora(target):
+            load_adapters(target, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints.saving) if self._is_saving else super()._get_output_dir(trial)

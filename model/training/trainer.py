@@ -13,7 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from model.data.batches import HeldOutBatchSampler, StepBatchSampler
 from model.loss import IGNORE_INDEX
+from model.training.distributed import is_sharded
 from model.training.flops import StepFlops, peak_of_run
+from model.training.held_out import HeldOutQuestions, unchanged_random_states
 from model.training.meter import StepMeter
 from model.training.parameter_groups import ALLOCATOR, PROJECTOR, parameter_groups
 from model.training.saving import CheckpointingTrainer
@@ -29,6 +31,8 @@ class IgvaTrainer(CheckpointingTrainer):
 
     Args:
         batches: deals the samples to this rank's forward passes; None leaves that to ``transformers.Trainer``.
+        questions: held-out questions that the model answers at every evaluation; their scores are metrics as ``eval_loss`` is,
+            such as ``eval_exact_match``, also for ``metric_for_best_model``.
         projector_learning_rate: peak learning rate of the projector; None: that of the arguments.
         allocator_learning_rate: the same for the weight allocator.
         **kwargs: those of :class:`model.training.saving.CheckpointingTrainer`.
@@ -40,12 +44,14 @@ class IgvaTrainer(CheckpointingTrainer):
         self,
         *args: Any,
         batches: StepBatchSampler | None = None,
+        questions: HeldOutQuestions | None = None,
         projector_learning_rate: float | None = None,
         allocator_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._batches = batches
+        self._questions = questions
         self._learning_rates = {PROJECTOR: projector_learning_rate, ALLOCATOR: allocator_learning_rate}
         whole = self.accelerator.unwrap_model(self.model)
         self._config, self._flops = whole.config, StepFlops.of(whole)
@@ -138,9 +144,11 @@ class IgvaTrainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; the steps that follow are those of a run without evaluations, to the bit."""
         start = time.perf_counter()
         try:
-            return super().evaluate(*args, **kwargs)
+            with unchanged_random_states(self.args.device):
+                return super().evaluate(*args, **kwargs)
         finally:
             self._meter.pause(time.perf_counter() - start)
 
@@ -149,7 +157,16 @@ class IgvaTrainer(CheckpointingTrainer):
         self._held_out = _HeldOutLoss(dataloader.batch_sampler.num_counted, self.args.device)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = self._held_out.read(lambda sums: self.accelerator.reduce(sums, "sum"))
+        if self._questions is not None:
+            scores = self._scores(self._questions)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    def _scores(self, questions: HeldOutQuestions) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        # The tower runs outside of forward(), which accelerate has wrapped in this already.
+        with self.accelerator.autocast():
+            return questions.score(model, lambda counts: self.accelerator.reduce(counts, "sum"), sharded=is_sharded(self))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model import IgvaLlavaForConditionalGeneration, IgvaLlavaProcessor
-from model.training.recipe import DataSource, ModelSource, TrainRecipe
+from model.training.recipe import DataSource, EvaluationSettings, ModelSource, TrainRecipe
 from model.training.run import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -88,6 +88,8 @@ def tiny_recipe(stage: int, root: Path, model: dict[str, Any], data: dict[str, A
         "precision": "fp32",
         "log_every": 1,
     }
+    if isinstance(fields.get("evaluation"), dict):
+        fields["evaluation"] = EvaluationSettings(**fields["evaluation"])
     return TrainRecipe(stage=stage, model=ModelSource(**model), data=DataSource(**data), **{**defaults, **fields})
 
 

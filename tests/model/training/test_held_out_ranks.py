@@ -1,0 +1,67 @@
+"""Two real processes answer held-out questions: DDP, ZeRO-3 and FSDP2 count alike, and no rank waits for another."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+PROGRAM = Path(__file__).with_name("sharded_program.py")
+ROOT = Path(__file__).resolve().parents[3]
+WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+WAYS = ["ddp", "fsdp2", *(["zero3"] if WITH_DEEPSPEED else [])]
+
+
+@pytest.fixture(scope="module")
+def logs(make_recipe_in, tmp_path_factory, records):
+    """``logs[way]``: the evaluations of a run. One batch has no picture, on one rank alone."""
+    folder = tmp_path_factory.mktemp("questions")
+    # An odd number of batches, and answers that a trained model gives: one rank has a filler, and they stop at different steps.
+    (folder / "questions.json").write_text(json.dumps([*records[:3], *records[-2:]]), encoding="utf-8")
+    images = Path(make_recipe_in(folder)(2).data.path).parent
+    entries = []
+    for way in WAYS:
+        recipe = make_recipe_in(folder)(
+            2,
+            output_dir=str(folder / way),
+            distributed=way,
+            batch_size=8,
+            language_model_training="full",
+            learning_rate=3e-3,
+            max_steps=30,
+            eval_every=15,
+            log_every=10,
+            evaluation={"exact_match": True, "path": str(folder / "questions.json"), "max_new_tokens": 6, "batch_size": 2},
+        ).to_dict()
+        recipe["data"]["image_folder"] = str(images)
+        file = folder / f"{way}.yaml"
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        entries.append({"name": way, "recipe": str(file), "stop_at": None})
+    (folder / "runs.json").write_text(json.dumps(entries))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # The guard ends a hang.
+    command = [*launcher, str(PROGRAM), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    seen = {way: torch.load(folder / f"{way}.pt", weights_only=False) for way in WAYS}
+    return {way: [entry for entry in seen[way]["logs"] if "eval_exact_match" in entry] for way in WAYS}
+
+
+@pytest.mark.slow
+def test_all_ways_count_alike(logs):
+    for way in WAYS:
+        assert [entry["step"] for entry in logs[way]] == [15, 30]
+        for entry, of_ddp in zip(logs[way], logs["ddp"], strict=True):
+            assert entry["eval_loss"] == pytest.approx(of_ddp["eval_loss"], rel=1e-2)
+            for name in ("eval_exact_match", "eval_exact_match_colour", "eval_exact_match_text"):
+                assert entry[name] == pytest.approx(of_ddp[name], abs=1e-6)
+    # Shares of five questions, three of them of one kind: each was counted once.
+    assert {round(5 * entry["eval_exact_match"], 3) for entry in logs["ddp"]} <= {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
