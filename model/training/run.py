@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,21 +21,25 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, set_seed
 
 from model.attention import choose_attention
+from model.configuration import IgvaLlavaConfig
 from model.data.batches import StepBatchSampler
 from model.data.collator import ImageTextCollator, PackingCollator
 from model.data.dataset import LlavaDataset
 from model.data.problems import Problems
+from model.loading import load_model
 from model.modeling import IgvaLlavaForConditionalGeneration
 from model.processing import IgvaLlavaProcessor
+from model.quantization import is_quantized
 from model.training.callbacks import JsonlLog, StatusLine, keep_tensorboard
-from model.training.card import model_card
+from model.training.card import adapter_card, model_card, public_name
 from model.training.checkpoints import RunIdentity, step_of, telling_what_is_safe
-from model.training.data import load_data, step_batches
+from model.training.data import load_data, load_questions, step_batches
 from model.training.distributed import distributed_arguments, gathered_state, start_processes
 from model.training.folders import RunFolders
 from model.training.freeze import apply_stage
+from model.training.held_out import EXACT_MATCH, HeldOutQuestions
 from model.training.layers import prepare_layers
-from model.training.lora import add_lora, has_lora, merged_state, save_adapters
+from model.training.lora import add_lora, has_lora, load_adapters, merge_lora, merged_state, save_adapters
 from model.training.meter import peak_memory_gb
 from model.training.parts import load_parts
 from model.training.precision import choose_precision, hold_frozen_weights
@@ -51,9 +56,11 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
 
     Returns:
         ``checkpoint`` (folder, loadable by ``AutoModelForImageTextToText`` and ``AutoProcessor`` after
-        ``import model``), ``steps``, ``train_loss`` (over the steps taken now, None if there
-        were none left), ``eval_loss`` (None without held-out data), ``seconds``,
-        ``precision``, ``peak_memory_gb``, ``parameters`` (counts by part) and ``samples_left_out`` (counts by kind).
+        ``import model``), ``steps``, ``kept_step`` (whose weights the checkpoint holds: the last one, or the best where
+        ``evaluation.keep_best`` asks for it), ``train_loss`` (over the steps taken now, None if there were none left),
+        ``eval_loss`` (None without held-out data) and ``exact_match`` (scores of the held-out questions by their names in the
+        log, empty without) of the kept step, ``seconds``, ``precision``, ``peak_memory_gb``, ``parameters`` (counts by part)
+        and ``samples_left_out`` (counts by kind).
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: settings, data or folders that do not fit; nothing was trained
@@ -67,7 +74,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     set_seed(recipe.seed)
 
     say(f"[bold]{recipe.name}[/bold]: loading the parts")
-    model, processor = load_parts(recipe.model)
+    model, processor = load_parts(recipe.model, recipe.language_model_quantization)
     model.config.balance_loss_weight = recipe.balance_loss_weight
     model.config.legacy_double_softmax = recipe.legacy_double_softmax
 
@@ -93,6 +100,16 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
             problems=problems,
             fills=ranks.is_main_process,
         )
+        question_data = load_questions(
+            recipe,
+            processor,
+            folders.instructions,
+            eval_data,
+            reads_instruction=model.reads_instruction,
+            problems=problems,
+            fills=ranks.is_main_process,
+        )
+    questions = held_out_questions(recipe, question_data, model)
     say(f"{len(train_data):,} samples to train on, {len(eval_data) if eval_data else 0:,} held out")
 
     # A model that reads instructions and gets none has parameters that take no part.
@@ -110,6 +127,7 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
         args=arguments,
         data_collator=PackingCollator() if recipe.data.packing else ImageTextCollator(processor.tokenizer.pad_token_id),
         batches=deal_batches(recipe, train_data),
+        questions=questions,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=processor,
@@ -121,15 +139,18 @@ def train(recipe: TrainRecipe, callbacks: Sequence[TrainerCallback] = ()) -> dic
     trainer.remove_callback(PrinterCallback)
     keep_tensorboard(trainer.callback_handler.callbacks, folders.tensorboard)
     outcome = trainer.train(resume_from_checkpoint=resume_from)
-    eval_loss = _held_out_loss(trainer) if eval_data else None
+    kept_step = _kept_step(trainer)
+    held_out = _held_out_scores(trainer, kept_step) if eval_data else {}
     left_out = report_problems(trainer, problems)
 
     result = {
         "checkpoint": str(folders.checkpoint),
         "steps": outcome.global_step,
+        "kept_step": kept_step,
         # A run that was stopped after its last step has none to take, and the Trainer's mean over none is 0.
         "train_loss": outcome.training_loss if outcome.global_step > step_of(resume_from) else None,
-        "eval_loss": eval_loss,
+        "eval_loss": held_out.get("eval_loss"),
+        "exact_match": {name: value for name, value in held_out.items() if name.startswith(f"eval_{EXACT_MATCH}")},
         "seconds": time.perf_counter() - start,
         "precision": precision,
         "peak_memory_gb": peak_memory_gb(),
@@ -198,6 +219,7 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders, distributed: di
     if recipe.smoke:
         max_steps = min(SMOKE_STEPS, recipe.max_steps or SMOKE_STEPS)
     save_every = None if recipe.smoke else recipe.save_every
+    best = recipe.evaluation.keep_best
     return TrainingArguments(
         output_dir=str(folders.intermediate),
         run_name=recipe.name,
@@ -215,11 +237,14 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders, distributed: di
         seed=recipe.seed,
         logging_steps=1 if recipe.smoke else recipe.log_every,
         logging_first_step=True,
-        save_strategy="steps" if save_every else "no",
+        save_strategy="best" if best else "steps" if save_every else "no",
         save_steps=save_every or 500,
         save_total_limit=1,
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=best,
+        greater_is_better=None if best is None else best != "loss",
         prediction_loss_only=True,
         dataloader_num_workers=recipe.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -230,6 +255,35 @@ def training_arguments(recipe: TrainRecipe, folders: RunFolders, distributed: di
         disable_tqdm=True,  # StatusLine shows more
         **distributed,
     )
+
+
+def held_out_questions(
+    recipe: TrainRecipe, data: LlavaDataset | None, model: IgvaLlavaForConditionalGeneration
+) -> HeldOutQuestions | None:
+    """The questions of ``recipe.evaluation``, checked before the first step; None where there are none.
+
+    Raises:
+        ValueError: no questions, one that is too long for the language model, or a metric to keep the best step by that they
+            do not have.
+    """
+    if data is None:
+        return None
+    settings, ranks = recipe.evaluation, process_state()
+    questions = HeldOutQuestions(
+        data,
+        max_samples=settings.max_samples,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size or recipe.eval_batch_size or recipe.micro_batch_size,
+        rank=ranks.process_index,
+        num_ranks=ranks.num_processes,
+    )
+    questions.check_length(getattr(model.config.text_config, "max_position_embeddings", None))
+    if settings.keep_best not in (None, "loss", *questions.metrics):
+        raise ValueError(
+            f"evaluation.keep_best is {settings.keep_best!r}, but the held-out questions give {', '.join(questions.metrics)}"
+        )
+    say(f"{len(questions):,} held-out questions are answered at each evaluation, of the kinds {', '.join(questions.kinds)}")
+    return questions
 
 
 def report_problems(trainer: IgvaTrainer, problems: Problems) -> dict[str, int]:
@@ -261,8 +315,18 @@ def save_checkpoint(
     with telling_what_is_safe("the finished checkpoint", folders.staging, trainer.checkpoints.newest()):
         folders.stage()
         if has_lora(model):
-            save_adapters(model, folders.staging / "adapters", state)
-            state = merged_state(model, state)
+            adapters = folders.staging / "adapters"
+            base = None if recipe.model.checkpoint is None else public_name(recipe.model.checkpoint)
+            save_adapters(model, adapters, state, base=base)
+            processor.save_pretrained(adapters)
+            card = adapter_card(recipe, base, has_stages=model.fusion_stage is not None)
+            (adapters / "README.md").write_text(card, encoding="utf-8")
+            if is_quantized(model):
+                # The base's own weights, as quantised ones have no room for what the adapters add.
+                model = merged_with_base(recipe, adapters, model.config)
+                state = model.state_dict()
+            else:
+                state = merged_state(model, state)
         model.save_pretrained(folders.staging, state_dict=state)
         processor.save_pretrained(folders.staging)
         card = model_card(recipe, model.config, result, processor.instruction_policy)
@@ -278,9 +342,29 @@ def save_checkpoint(
         folders.publish()
 
 
-def _held_out_loss(trainer: IgvaTrainer) -> float:
-    """The loss on the held-out data at the last step, which an evaluation every few steps may have computed already."""
-    newest = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    if newest is None or newest["step"] != trainer.state.global_step:
-        newest = trainer.evaluate()
-    return newest["eval_loss"]
+def merged_with_base(recipe: TrainRecipe, adapters: Path, config: IgvaLlavaConfig) -> IgvaLlavaForConditionalGeneration:
+    """The plain model of a run on a quantised language model: the checkpoint that it began from, with its adapters merged.
+
+    Args:
+        recipe: with ``model.checkpoint``.
+        adapters: the folder that :func:`model.training.lora.save_adapters` wrote.
+        config: of the trained model, for the settings of the loss.
+    """
+    model = load_model(str(recipe.model.checkpoint), dtype=torch.float32)
+    load_adapters(model, adapters)
+    merge_lora(model)
+    model.config.balance_loss_weight = config.balance_loss_weight
+    model.config.legacy_double_softmax = config.legacy_double_softmax
+    return model
+
+
+def _kept_step(trainer: IgvaTrainer) -> int:
+    """The step whose weights the trainer holds at the end."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return best or trainer.state.global_step
+
+
+def _held_out_scores(trainer: IgvaTrainer, step: int) -> dict[str, float]:
+    """The log entry of the held-out data at a step, which an evaluation every few steps may have made already."""
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return entries[-1] if entries else trainer.evaluate()
