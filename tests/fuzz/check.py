@@ -41,8 +41,8 @@ def check_two_steps(case: Case, impl: str, limits: Limits, device: str = "cpu") 
         two = run_two_steps(case, inputs, impl, wide)
         grads = differentiate(case, inputs, two)
         narrow = run_two_steps(case, inputs, impl, None)
-    # With a norm behind the mix, rows are summed in the order of a tile: that of Triton depends on the width of what is loaded, and
-    # so on the dtype; and means of transposed states are not transposed, so that "auto" may run them elsewhere.
+    # With a norm behind the mix, rows are summed in the order of a tile: that of Triton depends on the width of what is loaded,
+    # and so on the dtype; and means of transposed states are not transposed, so that "auto" may run them elsewhere.
     same_sum = case.norm is None or (impl != "triton" and (impl != "auto" or "transposed" not in (case.layouts or ())))
     if same_sum:
         assert torch.equal(bits(one), bits(two)), "with wide means two steps give other bits than one"
