@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from model.adapters import load_adapted
 from model.data.collator import ImageTextCollator
 from model.training import run
 from model.training.lora import load_adapters
@@ -76,6 +77,11 @@ def test_a_run_with_adapters_saves_them_beside_the_merged_model(make_recipe, sta
     # W + B A in fp32 against W x + B (A x): rounding, at logits of about 5.
     torch.testing.assert_close(logits(merged, processor, recipe, tmp_path), expected, atol=1e-4, rtol=0)
     assert (expected - untrained).abs().max() > 0.1
+    # By its name alone the base is found: both lie side by side.
+    again, its_processor = load_adapted(Path(checkpoint) / "adapters")
+    assert torch.equal(logits(again, its_processor, recipe, tmp_path), expected)
+    card = (Path(checkpoint) / "adapters" / "README.md").read_text()
+    assert "base.set_fusion_stage(2)" in card and str(tmp_path) not in card
 
 
 def test_the_checkpoint_is_the_trained_model_with_its_processor_and_encoder(make_recipe, stage1, tmp_path, monkeypatch):
