@@ -187,6 +187,8 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         parameters = inspect.signature(self.vision_tower.forward).parameters
         self._tower_interpolates_on_request = "interpolate_pos_encoding" in parameters
+        #: Encode a black image for texts without images outside of training too: DeepSpeed's ranks run the same modules.
+        self.always_encodes_an_image = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -442,10 +444,12 @@ class IgvaLlavaModel(IgvaLlavaPreTrainedModel):
         """Features of a black image: a training batch without images puts them nowhere, for their gradient of 0.
 
         Ranks that saw images reduce gradients of tower, fusion and projector, or gather their weights, and would wait for ever
-        for one that saw none. None where nothing of them learns, and outside of training.
+        for one that saw none. None where nothing of them learns, and outside of training unless
+        :attr:`always_encodes_an_image` is set.
         """
         parts = (self.vision_tower, self.fusion, self.multi_modal_projector)
-        if not self.training or not torch.is_grad_enabled() or not any(_is_trainable(part) for part in parts if part):
+        learns = self.training and torch.is_grad_enabled() and any(_is_trainable(part) for part in parts if part)
+        if not (learns or self.always_encodes_an_image):
             return None
         side, device, instruction_embeds = self.config.image_size, input_ids.device, None
         if self.reads_instruction:

@@ -36,8 +36,9 @@ STANDARD_ERROR = "stderr"
 class HeldOutQuestions:
     """The last question of each held-out sample, dealt to the ranks of a run.
 
-    Every rank gets equally many batches, and ranks that share sharded weights stay together: each encodes images in every batch
-    (of black ones, where it has none) and goes on generating until the last rank has its answers.
+    Every rank gets equally many batches, and ranks that share their weights under FSDP2 stay together: each encodes images in
+    every batch (a black one, where it has none) and goes on generating until the last rank has its answers. ZeRO-3 is not
+    supported: DeepSpeed loses track of weights that are gathered ahead when modules run outside of a forward pass.
 
     Args:
         data: the samples, and how their pictures and instructions are prepared.
@@ -115,7 +116,7 @@ class HeldOutQuestions:
         Args:
             model: without the wrappers of data parallelism; it is left in the mode it was in.
             sum_over_ranks: sums a tensor over the ranks.
-            sharded: whether no rank holds the whole model (ZeRO-3, FSDP2).
+            sharded: whether no rank holds the whole model (FSDP2).
 
         Returns:
             ``exact_match``, the share of answers that equal the reference (:func:`model.evaluation.normalized`), and
@@ -132,7 +133,7 @@ class HeldOutQuestions:
                 pictures = [self._pictures(sample) for sample in samples]
                 if sharded and all(images is None for images, _ in pictures):
                     # Ranks must gather the weights of the tower equally often.
-                    self._encode_black(model)
+                    encode_black_image(model)
                 texts, _ = answer_batch(
                     model,
                     self._processor,
@@ -184,11 +185,13 @@ class HeldOutQuestions:
     def _black(self, count: int) -> Tensor:
         return torch.zeros(count, 3, *self._processor.output_size)
 
-    def _encode_black(self, model: IgvaLlavaForConditionalGeneration) -> None:
-        embeds = None
-        if model.reads_instruction:
-            embeds = torch.zeros(1, model.config.fusion["text_dim"], device=model.device)
-        model.get_image_features(self._black(1).to(model.device, model.dtype), embeds)
+
+def encode_black_image(model: IgvaLlavaForConditionalGeneration) -> None:
+    """Run tower, fusion and projector for nothing: ranks that share their weights must gather them equally often."""
+    side, embeds = model.config.image_size, None
+    if model.reads_instruction:
+        embeds = torch.zeros(1, model.config.fusion["text_dim"], device=model.device)
+    model.get_image_features(torch.zeros(1, 3, side, side, device=model.device, dtype=model.dtype), embeds)
 
 
 def evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
@@ -232,7 +235,7 @@ def _together(model: Any, sharded: bool) -> Iterator[None]:
     """Let ranks that share the weights generate until the last has its answers, and gather what the tower needs.
 
     transformers asks for a mark of its own on FSDP2's models (``transformers.distributed.fsdp.is_fsdp_managed_module``), which
-    accelerate does not set; of ZeRO-3 it knows.
+    accelerate does not set.
     """
     if not sharded:
         yield

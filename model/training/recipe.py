@@ -145,7 +145,7 @@ class EvaluationSettings:
     exact_match: bool = False
     """At every evaluation, let the model answer the last question of held-out samples, and log the share of answers that are
     right, with its standard error, overall and by kind (``level``): ``eval_exact_match`` beside ``eval_loss``. Training is bit
-    for bit the same with and without."""
+    for bit the same with and without. Not with ZeRO-3."""
     path: str | None = None
     """LLaVA JSON file of the questions, best with short answers; unset: ``data.eval_path``. Images are found as those of the
     training data."""
@@ -425,6 +425,11 @@ class TrainRecipe:
             raise ValueError("evaluation.exact_match is set but there are no questions; set evaluation.path or data.eval_path")
         if settings.path and not settings.exact_match:
             raise ValueError("evaluation.path is set but evaluation.exact_match is false; set it to true, or remove the path")
+        if settings.exact_match and self.distributed == "zero3":
+            raise ValueError(
+                "evaluation.exact_match is set with distributed zero3, whose weights cannot be gathered while it generates; "
+                "set it to false and run `igva evaluate` on the checkpoint, or set distributed to fsdp2"
+            )
         best = settings.keep_best
         if best is None:
             return

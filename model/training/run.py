@@ -34,7 +34,13 @@ from model.training.callbacks import JsonlLog, StatusLine, keep_tensorboard
 from model.training.card import adapter_card, model_card, public_name
 from model.training.checkpoints import RunIdentity, step_of, telling_what_is_safe
 from model.training.data import load_data, load_questions, step_batches
-from model.training.distributed import distributed_arguments, gathered_state, start_processes
+from model.training.distributed import (
+    distributed_arguments,
+    gathered_state,
+    read_config,
+    start_processes,
+    uses_deepspeed,
+)
 from model.training.folders import RunFolders
 from model.training.freeze import apply_stage
 from model.training.held_out import EXACT_MATCH, HeldOutQuestions
@@ -268,6 +274,11 @@ def held_out_questions(
     """
     if data is None:
         return None
+    if uses_deepspeed(recipe.distributed) and read_config(recipe.distributed)["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            f"evaluation.exact_match is set, but {recipe.distributed} asks DeepSpeed for stage 3, whose weights cannot be "
+            "gathered while it generates; set it to false, or choose a lower stage"
+        )
     settings, ranks = recipe.evaluation, process_state()
     questions = HeldOutQuestions(
         data,

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from model.data.batches import HeldOutBatchSampler, StepBatchSampler
 from model.loss import IGNORE_INDEX
-from model.training.distributed import is_sharded
 from model.training.flops import StepFlops, peak_of_run
 from model.training.held_out import HeldOutQuestions, unchanged_random_states
 from model.training.meter import StepMeter
@@ -166,15 +165,20 @@ class IgvaTrainer(CheckpointingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         # The tower runs outside of forward(), which accelerate has wrapped in this already.
         with self.accelerator.autocast():
-            return questions.score(model, lambda counts: self.accelerator.reduce(counts, "sum"), sharded=is_sharded(self))
+            return questions.score(model, lambda counts: self.accelerator.reduce(counts, "sum"), sharded=self.is_fsdp_enabled)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """The cross-entropy of a held-out batch per token; logits are never made."""
         inputs = {**self._prepare_inputs(inputs), "use_cache": False}
-        with torch.no_grad(), self.compute_loss_context_manager():
-            total = model(**inputs, num_items_in_batch=1).cross_entropy
+        whole = self.accelerator.unwrap_model(model).model
+        whole.always_encodes_an_image = self.is_deepspeed_enabled
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total = model(**inputs, num_items_in_batch=1).cross_entropy
+        finally:
+            whole.always_encodes_an_image = False
         return self._held_out.add(total, inputs["labels"]), None, None
 
 

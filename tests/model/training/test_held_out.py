@@ -207,6 +207,7 @@ def test_nothing_to_answer_is_an_error(make_data):
         ({"evaluation": {"exact_match": True, "path": "x", "max_new_tokens": 0}}, "max_new_tokens must be at least 1"),
         ({"evaluation": {"exact_match": True, "path": "x", "keep_best": "exact_match"}}, "eval_every is not"),
         ({"evaluation": {"exact_match": True, "path": "x", "keep_best": "accuracy"}}, "keep_best must be loss"),
+        ({"evaluation": {"exact_match": True, "path": "x"}, "distributed": "zero3"}, "zero3"),
         ({"evaluation": {"keep_best": "exact_match"}, "eval_every": 1, "data": {"eval_path": "x"}}, "exact_match is false"),
         ({"evaluation": {"keep_best": "loss"}, "eval_every": 1, "save_every": 1, "data": {"eval_path": "x"}}, "save_every"),
         ({"evaluation": {"keep_best": "loss"}, "eval_every": 1, "distributed": "fsdp2", "data": {"eval_path": "x"}}, "fsdp2"),
