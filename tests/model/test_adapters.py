@@ -116,9 +116,12 @@ def test_merged_in_16_bits_they_take_half_the_room(root):
     assert main(["merge", str(root / "run" / "adapters"), str(root / "merged"), "--dtype=bfloat16"]) == 0
     merged = AutoModelForImageTextToText.from_pretrained(root / "merged").eval()
     assert merged.dtype == torch.bfloat16
-    expected = logits_of(load_adapted(root / "run" / "adapters")[0])
-    # bfloat16 keeps 8 bits: 0.4 % a rounding, some ten of them deep.
-    torch.testing.assert_close(logits_of(merged).float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+    adapted, _ = load_adapted(root / "run" / "adapters")
+    expected = logits_of(adapted)
+    # How far bfloat16 alone leads, in the same model: some random models are more sensitive than others.
+    rounding = (logits_of(adapted.to(torch.bfloat16)).float() - expected).norm()
+    assert (logits_of(merged).float() - expected).norm() <= 3 * rounding
+    assert rounding < 0.2 * expected.norm()
 
 
 def test_merging_refuses_what_is_there_and_leaves_nothing_half_written(root, capsys):

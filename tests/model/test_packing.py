@@ -12,6 +12,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from model import IgvaLlavaForConditionalGeneration
 from model import attention as attention_module
+from model._hf_compat import enable_activation_checkpointing
 from model.attention import AttentionChoice, choose_attention, varlen_is_available
 from model.data.collator import ImageTextCollator, PackingCollator
 
@@ -156,7 +157,7 @@ def test_activation_checkpointing_keeps_the_samples_apart(make_model, make_sampl
     model = make_model().double().train()
     samples = make_samples(model)
     expected = step(model, ImageTextCollator(256)(samples))
-    model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(model.model.language_model)
     check_equal(step(model, PackingCollator()(samples)), expected)
 
 
@@ -282,11 +283,19 @@ def test_this_torch_has_the_varlen_attention_that_is_called():
     assert varlen_is_available()
 
 
+class Processes(tuple):
+    """What prepares flash-attn's arguments: a pair in newer versions of transformers, one function in older ones."""
+
+    def __call__(self, *args, **kwargs):
+        return self[0](*args, **kwargs)
+
+
 def test_flash_attention_gets_the_boundaries_from_transformers(monkeypatch, make_model, make_samples):
     stub = Varlen()
     functions = (None, stub.flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
     process = flash_utils._lazy_define_process_function(stub.flash_varlen)
-    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, (process, process)))
+    processes = Processes((process, process))
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, processes))
     model, samples = in_bfloat16(make_model().train(), make_samples(make_model()))
     batch = PackingCollator()(samples)
     expected = step(model, batch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model._hf_compat import enable_activation_checkpointing
 from model.training.flops import StepFlops, peak_of, peak_of_run
 from model.training.freeze import apply_stage
 from model.training.lora import add_lora
@@ -39,7 +40,7 @@ def test_the_count_is_that_of_torch_s_counter(stage, training, checkpointing, ma
     # gradient at text and the projector's.
     assert without == pytest.approx(expected, rel=0.03)
     if checkpointing:
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model.model.language_model)
         assert counted(model, batch) > 1.15 * without  # what is computed again is no work that the step needs
         assert StepFlops.of(model) == flops
 
