@@ -147,10 +147,10 @@ def entropy(weights: Tensor) -> Tensor:
 def collapse(weights: Tensor) -> str | None:
     """What is wrong with an allocator that gives these (questions, K) weights; None where nothing is.
 
-    Weights of several different questions are needed to tell that the instruction is not read.
+    One question tells nothing: its weights may be as it needs them. Nor do the weights of a single group.
     """
-    if weights.shape[-1] == 1:
-        return None  # the only group has all of the weight, as it should
+    if len(weights) < 2 or weights.shape[-1] == 1:
+        return None
     mean = weights.mean(0)
     top = int(mean.argmax())
     if mean[top] > ONE_GROUP:
@@ -163,7 +163,7 @@ def collapse(weights: Tensor) -> str | None:
             "the allocator has collapsed to uniform weights: it does what the plain average of stage 1 does; train it longer "
             "or with a higher allocator_learning_rate, or lower balance_loss_weight"
         )
-    if len(weights) > 1 and weights.std(0).max() < SAME_FOR_ALL:
+    if weights.std(0).max() < SAME_FOR_ALL:
         return "the weights are the same for all these questions: the instruction is not read"
     return None
 

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -188,7 +189,8 @@ class SentenceEncoder:
                     "embedding instructions needs sentence-transformers: pip install 'igva-kernels[train]' "
                     "(or pass instruction_embeds that were computed elsewhere)"
                 ) from error
-            encoder = SentenceTransformer(self.path_or_name, device=self.device).eval()
+            with _without_progress_bars():
+                encoder = SentenceTransformer(self.path_or_name, device=self.device).eval()
             if self._fingerprint is not None and (actual := _fingerprint_of(encoder)) != self._fingerprint:
                 raise ValueError(
                     f"the sentence encoder in {self.path_or_name} has the fingerprint {actual[:12]}, but was saved with "
@@ -196,6 +198,21 @@ class SentenceEncoder:
                 )
             self._encoder = encoder
         return self._encoder
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """The encoder is small, and is loaded at the first question: a bar would stand in the middle of a chat."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _fingerprint_of(encoder: Any) -> str:

@@ -142,7 +142,8 @@ def weights_table(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Table
     """Mean weights, with their spread where there is one."""
     from rich.table import Table
 
-    table = Table(title="Weight of the layer groups")
+    caption = "entropy: 1 where all groups weigh the same, 0 where one has all of the weight"
+    table = Table(title="Weight of the layer groups", caption=caption)
     table.add_column("")
     for group in groups:
         table.add_column(f"layers {group_name(group)}", justify="right")
@@ -164,7 +165,7 @@ def saliency_table(questions: Sequence[str], saliency: Sequence[GroupSaliency], 
     for group in groups:
         table.add_column(f"layers {group_name(group)}", justify="right")
     for question, of_question in zip(questions, saliency, strict=True):
-        table.add_row(question, of_question.answer, *(f"{lost:+.2f}" for lost in of_question.lost))
+        table.add_row(question, of_question.answer, *(f"{round(lost, 2) + 0.0:+.2f}" for lost in of_question.lost))
     return table
 
 

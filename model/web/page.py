@@ -93,7 +93,7 @@ def _ask_tab(talk: Talk, examples: Sequence[Example], max_new_tokens: int) -> No
                 latex_delimiters=[],
                 allow_tags=False,
                 buttons=["copy_all"],
-                allow_file_downloads=False,  # beside the one for downloads stands one that shares with gradio's hub
+                allow_file_downloads=False,
                 placeholder="Drop a picture into the line below, and ask about it.",
                 elem_id="igva-chat",
             )
@@ -256,13 +256,25 @@ def _explain_tab(talk: Talk, folder: Path) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             picture = gr.Image(
-                type="filepath", image_mode=None, sources=["upload"], label="Picture", height=280, elem_id="igva-picture"
+                type="filepath",
+                image_mode=None,
+                sources=["upload"],
+                label="Picture",
+                height=280,
+                buttons=["fullscreen"],
+                elem_id="igva-picture",
             )
             questions = gr.Textbox("\n".join(QUESTIONS), lines=6, label="Questions, one a line", elem_id="igva-questions")
             show = gr.Button("Show the layers", variant="primary", elem_id="igva-explain")
             message = gr.HTML(elem_id="igva-explain-message")
         with gr.Column(scale=3, min_width=420):
-            heat_map = gr.Image(label="Weight of the layer groups", interactive=False, format="png", elem_id="igva-heat-map")
+            heat_map = gr.Image(
+                label="Weight of the layer groups",
+                interactive=False,
+                format="png",
+                buttons=["download", "fullscreen"],
+                elem_id="igva-heat-map",
+            )
             files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="igva-files")
 
     def explain_questions(picture: str | None, lines: str) -> list[Any]:

@@ -19,6 +19,7 @@ CSS = """
 .igva-before { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--body-text-color); }
 .igva-weight { text-align: right; font-variant-numeric: tabular-nums; }
 .igva-note { opacity: 0.75; font-size: 0.85em; overflow-wrap: anywhere; }
+button[aria-label="Share"], .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) { display: none; }
 #igva-message:not(:has(.igva-message)) { display: none; }
 .igva-message { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
 """

@@ -71,6 +71,7 @@ def test_saliency_is_the_loss_in_log_probability(loaded, pictures):
         ([[0.5, 0.3, 0.2], [0.501, 0.3, 0.199]], "the instruction is not read"),
         ([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], None),
         ([[0.5, 0.3, 0.2]], None),
+        ([[0.33, 0.34, 0.33]], None),
     ],
 )
 def test_a_collapse_is_told(weights, text):

@@ -141,10 +141,12 @@ def test_a_stream_raises_what_the_model_raises(conversation):
 
 def test_a_collapse_is_told_of_different_instructions_alone(conversation):
     first = conversation.reply("Which colour?", max_new_tokens=1)
-    uniform = [type(first)("", (0.5, 0.5), ("Which colour?",))]
+    uniform = [type(first)("", (0.5, 0.5), (question,)) for question in ("Which colour?", "How many?")]
     assert "uniform" in collapse_of(uniform)
+    assert collapse_of(uniform[:1]) is None  # it may be what this question needs
     moved = type(first)("", (0.6, 0.4), ("a",))
     assert collapse_of([moved, moved]) is None  # the same question twice shows nothing
     assert "not read" in collapse_of([moved, type(first)("", (0.6, 0.4), ("b",))])
     assert collapse_of([]) is None
-    assert collapse_of([type(first)("", (1.0,), ("a",))]) is None  # one group has all the weight there is
+    one_group = [type(first)("", (1.0,), (question,)) for question in "ab"]
+    assert collapse_of(one_group) is None  # it has all the weight there is

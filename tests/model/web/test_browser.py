@@ -70,31 +70,35 @@ class Page:
 
     def ask(self, question: str) -> None:
         """Ask, and wait for the whole answer."""
-        before = len(self.all("#igva-chat .bot.message"))
+        before = len(self.answers())
         self.type(question)
-        self.wait(lambda: len(self.all("#igva-chat .bot.message")) > before and self.is_done(), "the answer")
+        self.wait(lambda: self.is_done(before + 1), "the answer")
 
     def type(self, question: str) -> None:
         self.all("#igva-box textarea")[0].send_keys(question, Keys.ENTER)
 
-    def is_done(self) -> bool:
-        return not self.all(".generating, .pending") and not self.answers()[-1].startswith("…")
+    def is_done(self, count: int) -> bool:
+        """Whether there are so many answers, and the last one has ended."""
+        assert not self.all("#igva-message .igva-message"), self.all("#igva-message")[0].text
+        answers = self.answers()
+        return len(answers) >= count and not answers[-1].startswith("…") and not self.all(".generating, .pending")
+
+    def read(self, selector: str, value: str) -> list:
+        """``value`` of each ``element``, in one call: between two, the page may have drawn itself anew."""
+        script = f"return Array.from(document.querySelectorAll({selector!r})).map(element => {value})"
+        return self.browser.execute_script(script)
 
     def answers(self) -> list[str]:
-        return [element.text for element in self.all("#igva-chat .bot.message")]
+        return self.read("#igva-chat .bot.message", "element.innerText")
 
-    def bars(self) -> list[tuple[str, ...]]:
+    def bars(self) -> list[list[str]]:
         """Names and weights of each chart, newest first."""
-        charts = self.all("#igva-weights .igva-answer")
-        return [
-            tuple(bar.get_attribute("aria-label") for bar in chart.find_elements(By.CSS_SELECTOR, ".igva-bar"))
-            for chart in charts
-        ]
+        labels = "Array.from(element.querySelectorAll('.igva-bar')).map(bar => bar.getAttribute('aria-label'))"
+        return self.read("#igva-weights .igva-answer", labels)
 
     def widths(self) -> list[float]:
-        """Of the newest bars, in pixels."""
-        newest = self.all("#igva-weights .igva-answer")[0]
-        return [fill.size["width"] for fill in newest.find_elements(By.CSS_SELECTOR, ".igva-fill")]
+        """Of all bars, in pixels."""
+        return self.read("#igva-weights .igva-fill", "element.getBoundingClientRect().width")
 
     def asked_of_others(self) -> set[str]:
         """Addresses beyond this machine that the page wanted."""
@@ -116,6 +120,7 @@ def test_a_picture_is_asked_about_and_the_bars_move(page, red):
     page.drop(red)
     page.ask("Which colour?")
     (first,), widths = page.bars(), page.widths()
+    assert len(widths) == 2
     assert [label.partition(":")[0] for label in first] == ["layers 1-2", "layers 3-4"]
     assert all(width > 0 for width in widths)
     page.ask("How many are there?")
@@ -123,6 +128,12 @@ def test_a_picture_is_asked_about_and_the_bars_move(page, red):
     assert earlier == first and newest != first
     assert page.all("#igva-weights .igva-before")
     assert len(page.answers()) == 2
+    # gradio's own buttons: the one that shares would send the picture away, the bin must empty what is remembered too.
+    assert not any(button.is_displayed() for button in page.all("button[aria-label=Share]"))
+    page.all("#igva-chat button[aria-label=Clear]")[0].click()
+    page.wait(lambda: not page.bars() and not page.answers(), "the empty page")
+    page.ask("And now?")
+    assert page.bars() == [[]] and "no layers were weighed" in page.all("#igva-weights")[0].text
 
 
 def test_what_is_typed_and_said_stays_text(page, red):
@@ -201,6 +212,8 @@ def test_the_picture_of_the_documents(browser, serve, talk, tmp_path):
     page.ask("How many objects are there?")
     page.ask("What object is shown?")
     assert len(page.bars()) == 3
+    whole = browser.execute_script("return document.documentElement.scrollHeight + window.outerHeight - window.innerHeight")
+    browser.set_window_size(1440, whole)
     target = Path(os.environ["IGVA_SCREENSHOT"])
     target.parent.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(target))
