@@ -166,6 +166,15 @@ def test_a_base_with_another_vocabulary_is_refused(root):
         load_adapted(root / "run" / "adapters")
 
 
+def test_adapters_of_the_hub_are_downloaded_whole(root, monkeypatch):
+    """There is no hub here: its two calls are replaced by a folder."""
+    adapters = root / "run" / "adapters"
+    monkeypatch.setattr("model.adapters.find_adapter_config_file", lambda name: name if name == "me/adapters" else None)
+    monkeypatch.setattr("model.adapters.snapshot_download", lambda name: str(adapters))
+    assert adapter_folder("me/adapters") == adapters
+    assert adapter_folder("me/model") is None
+
+
 def test_a_base_for_what_needs_none_is_refused(root):
     with pytest.raises(ValueError, match="--base goes with a folder of adapters"):
         load_checkpoint(str(root / "base"), base=str(root / "base"))
