@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -357,6 +359,23 @@ def test_arguments_that_make_no_sense_are_named(arguments, message):
 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         IgvaChat(**arguments)
+
+
+def test_the_commands_of_the_page_are_taken(monkeypatch):
+    """By lmms-eval's own parser, and its tasks are there."""
+    from lmms_eval.__main__ import parse_eval_args
+    from lmms_eval.tasks import TaskManager
+
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^lmms-eval .*$", page, flags=re.MULTILINE)]
+    assert len(commands) == 11
+    tasks = set()
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        _, arguments = parse_eval_args()
+        assert arguments.model == "igva" and arguments.model_args.startswith("pretrained=CHECKPOINT")
+        tasks |= set(arguments.tasks.split(","))
+    assert tasks <= set(TaskManager().all_tasks)
 
 
 def test_the_command(checkpoint, task_folder, tmp_path):
