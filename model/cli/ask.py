@@ -41,9 +41,8 @@ def main(argv: Sequence[str]) -> int:
     answer, weights = conversation.ask(arguments.question, max_new_tokens=arguments.max_new_tokens)
     print(answer)
     if weights is not None:
-        if len(images) > 1:
-            print(f"\nmean over {len(images)} pictures:")
-        print("\n" + weight_bars(weights, checkpoint.model.config.fusion_plan(stage=2).groups))
+        heading = f"mean over {len(images)} pictures:\n" if len(images) > 1 else ""
+        print("\n" + heading + weight_bars(weights, checkpoint.model.config.fusion_plan(stage=2).groups))
     elif not images:
         print("\n(no picture was shown: the vision tower did not run, and its layers have no weights)")
     else:
