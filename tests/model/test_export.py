@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import igva_kernels
+from model import IgvaLlavaConfig, IgvaLlavaForConditionalGeneration
 from model.cli.main import main
-from model.export import RECORD, VisionSide, export_vision_side
+from model.export import RECORD, ExportReport, VisionSide, export_vision_side
 from model.fusions import FUSIONS
 
 ROOT = Path(igva_kernels.__file__).parents[1]
@@ -66,16 +67,10 @@ def test_there_is_a_case_for_every_type():
     assert {options["type"] for options in FUSION_CASES.values()} == set(FUSIONS)
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == "igva" else pytest.param(case, marks=pytest.mark.slow) for case in FUSION_CASES]
-)
-def test_every_fusion_gives_what_eager_gives(case, make_model, tmp_path):
-    model = make_model(fusion=FUSION_CASES[case])
-    report = export_vision_side(model, tmp_path / "vision.pt2")
+def check_file(model, file: Path, report: ExportReport) -> None:
+    """The file against eager, on batches that it was not recorded with."""
     assert report.error <= 64 * torch.finfo(torch.float32).eps * report.largest
-    # STI is torch's own cut, mean and concatenation.
-    assert any(name.startswith("igva.") for name in report.operators) == (case != "sti")
-    loaded = torch.export.load(tmp_path / "vision.pt2").module()
+    loaded = torch.export.load(file).module()
     for batch in (1, 3):
         inputs = inputs_for(model, batch)
         with torch.no_grad():
@@ -84,6 +79,16 @@ def test_every_fusion_gives_what_eager_gives(case, make_model, tmp_path):
         assert ("group_weights" in found) == (expected.fusion_weights is not None)
         if "group_weights" in found:
             torch.testing.assert_close(found["group_weights"], expected.fusion_weights, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FUSION_CASES)
+def test_every_fusion_gives_what_eager_gives(case, make_model, tmp_path):
+    model = make_model(fusion=FUSION_CASES[case])
+    report = export_vision_side(model, tmp_path / "vision.pt2")
+    check_file(model, tmp_path / "vision.pt2", report)
+    # STI is torch's own cut, mean and concatenation.
+    assert any(name.startswith("igva.") for name in report.operators) == (case != "sti")
 
 
 @pytest.mark.slow
@@ -98,14 +103,38 @@ def test_the_file_runs_where_only_igva_kernels_is_imported(case, make_model, tmp
     torch.testing.assert_close(found["image_tokens"], expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 
-def test_the_instruction_moves_the_tokens_and_the_language_model_stays_out(make_model, tmp_path):
-    model = make_model()
-    export_vision_side(model, tmp_path / "vision.pt2")
-    program = torch.export.load(tmp_path / "vision.pt2")
+@pytest.fixture(scope="module")
+def exported(vision_configs, text_config, tmp_path_factory):
+    """IGVA in stage 2, and its file."""
+    torch.manual_seed(0)
+    fusion = {"type": "igva", "num_groups": 2, "text_dim": 16, "hidden_dim": 32, "num_blocks": 1}
+    configs = {"vision_config": vision_configs["clip"].to_dict(), "text_config": text_config.to_dict()}
+    model = IgvaLlavaForConditionalGeneration(IgvaLlavaConfig(**configs, fusion=fusion, image_token_id=261)).eval()
+    file = tmp_path_factory.mktemp("exported") / "vision.pt2"
+    return model, file, export_vision_side(model, file)
+
+
+def test_a_file_gives_what_eager_gives_for_batches_of_any_size(exported):
+    model, file, report = exported
+    check_file(model, file, report)
+    assert set(report.operators) == {"igva.fuse", "igva.group_summaries", "igva.reduce_groups"}
+
+
+def test_the_instruction_moves_the_tokens_and_the_language_model_stays_out(exported):
+    model, file, _ = exported
+    program = torch.export.load(file)
     assert not [name for name in program.state_dict if "language_model" in name or "lm_head" in name]
     pixels, embeds = inputs_for(model, 2)
     first, other = (program.module()(pixels, value)["image_tokens"] for value in (embeds, -embeds))
     assert (first - other).abs().max() > 1e-4
+
+
+def test_the_file_says_what_it_takes_and_gives(exported):
+    extra = {RECORD: ""}
+    torch.export.load(exported[1], extra_files=extra)
+    record = json.loads(extra[RECORD])
+    assert record["inputs"] == {"pixel_values": "float32 (batch, 3, 28, 28)", "instruction_embeds": "float32 (batch, 16)"}
+    assert record["outputs"] == {"image_tokens": "float32 (batch, 4, 64)", "group_weights": "float32 (batch, 2)"}
 
 
 def test_the_model_itself_stays_as_it_was(make_model, make_batch):
@@ -123,17 +152,6 @@ def test_in_bfloat16(make_model, tmp_path):
     assert report.error <= 64 * torch.finfo(torch.bfloat16).eps * report.largest
 
 
-def test_the_file_says_what_it_takes_and_gives(make_model, make_processor, tmp_path):
-    model = make_model()
-    export_vision_side(model, tmp_path / "vision.pt2", make_processor(model.config))
-    extra = {RECORD: ""}
-    torch.export.load(tmp_path / "vision.pt2", extra_files=extra)
-    record = json.loads(extra[RECORD])
-    assert record["inputs"] == {"pixel_values": "float32 (batch, 3, 28, 28)", "instruction_embeds": "float32 (batch, 16)"}
-    assert record["outputs"] == {"image_tokens": "float32 (batch, 4, 64)", "group_weights": "float32 (batch, 2)"}
-    assert len(record["pictures"]["mean"]) == 3
-
-
 def test_a_file_that_is_there_or_of_another_name_is_refused(make_model, tmp_path):
     (tmp_path / "there.pt2").write_text("mine")
     with pytest.raises(FileExistsError, match="is there already"):
@@ -143,6 +161,7 @@ def test_a_file_that_is_there_or_of_another_name_is_refused(make_model, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.pt2"]
 
 
+@pytest.mark.slow
 def test_a_file_that_gives_something_else_is_not_written(make_model, tmp_path, monkeypatch):
     save = torch.export.save
 
@@ -167,5 +186,8 @@ def test_the_command(make_model, make_processor, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "input   pixel_values: float32 (batch, 3, 28, 28)" in out
     assert "largest difference from eager: " in out and "igva." in out
+    extra = {RECORD: ""}
+    torch.export.load(tmp_path / "vision.pt2", extra_files=extra)
+    assert len(json.loads(extra[RECORD])["pictures"]["mean"]) == 3
     assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "vision.pt2")]) == 1
     assert "is there already" in capsys.readouterr().err
