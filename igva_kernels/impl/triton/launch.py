@@ -21,7 +21,7 @@ ACCESS_BYTES = 16
 """The widest load of one thread. The mix is bound by memory, and narrower accesses cost bandwidth."""
 
 THREADS = 128
-"""Threads of a program. The forward of IGVA takes 102 registers on sm_90 (tests/aot/budgets.json): 4 programs fit an
+"""Threads of a program. The forward of IGVA takes 101 registers on sm_90 (tests/aot/budgets.json): 4 programs fit an
 SM, and a dozen loads of 16 bytes in flight in each of their threads are 96 KB, where 20 KB hide the latency of memory.
 Larger programs gain nothing and make the last wave coarser."""
 
