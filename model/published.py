@@ -144,7 +144,7 @@ def published_table(own: Mapping[str, float] | None = None, own_name: str = "thi
         cells = [_cell(benchmark.published.get(system, ())) for system in results.systems]
         if own is not None:
             cells.append(f"{own[benchmark.name]:.1f}" if benchmark.name in own else "–")
-        table.add_row(benchmark.name + (f" [{number}]" if number else ""), benchmark.metric, *cells)
+        table.add_row(benchmark.name + (f" ({number})" if number else ""), benchmark.metric, *cells)
     return table
 
 
