@@ -102,7 +102,7 @@ def check_weights(
         _check_indices(weights, indices, (batch, num_patches))
         return
     allowed = ((num_groups,), (batch, num_groups), (batch, num_patches, num_groups))
-    # Shapes of one length alone are compared: a tuple's ``in`` would hold B against K, which pins the batch of an exported graph.
+    # Shapes of one length alone are compared: a tuple's ``in`` holds B against K, which pins the batch of an exported graph.
     if not 1 <= weights.ndim <= 3 or tuple(weights.shape) != allowed[weights.ndim - 1]:
         raise ValueError(
             f"weights has the shape {tuple(weights.shape)}, expected (K,) = {allowed[0]}, (B, K) = {allowed[1]} "
