@@ -97,7 +97,7 @@ def plot(path: Path, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> No
     for y, row in enumerate(rows):
         for x, (mean, spread) in enumerate(zip(row.mean, row.spread, strict=True)):
             text = f"{mean:.2f}" + (f"\n± {spread:.2f}" if row.count > 1 else "")
-            red, green, blue, _ = drawn.to_rgba(mean)
+            red, green, blue, _ = drawn.cmap(drawn.norm(mean))
             is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if is_dark else "black")
     axes.set_xticks(range(len(groups)), [f"layers {group_name(group)}" for group in groups])

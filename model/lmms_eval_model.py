@@ -59,7 +59,7 @@ class Likelihood(GenerationResult):
     """The mean loss of a given answer, and whether it is the greedy one, as a pair.
 
     lmms-eval 0.7 turns the plain pair that its interface asks for into a text (``unwrap_generation_output`` of
-    lmms_eval/api/instance.py), which its own multiple choice then cannot read; what a GenerationResult holds it leaves as it is.
+    lmms_eval/api/instance.py), which its own multiple choice then cannot read; what a GenerationResult holds it leaves alone.
     """
 
     text: Any = (0.0, False)
