@@ -88,6 +88,7 @@ def write(
 
 def plot(path: Path, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> None:
     """The heat map: a row a question, a column a layer group, the spread below the weight where there is one."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.5 + 1.3 * len(groups), 1.2 + 0.5 * len(rows)), layout="constrained")
@@ -97,7 +98,7 @@ def plot(path: Path, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> No
     for y, row in enumerate(rows):
         for x, (mean, spread) in enumerate(zip(row.mean, row.spread, strict=True)):
             text = f"{mean:.2f}" + (f"\n± {spread:.2f}" if row.count > 1 else "")
-            red, green, blue, _ = drawn.cmap(drawn.norm(mean))
+            red, green, blue, _ = drawn.to_rgba(np.asarray(mean))
             is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if is_dark else "black")
     axes.set_xticks(range(len(groups)), [f"layers {group_name(group)}" for group in groups])
