@@ -114,7 +114,7 @@ def test_questions_about_a_folder_show_mean_and_spread(as_command, loaded, pictu
     (tmp_path / "pictures").mkdir()
     for index, picture in enumerate(pictures):
         picture.save(tmp_path / "pictures" / f"{index}.png")
-    written = as_command(str(tmp_path / "pictures"), *QUESTIONS, "--saliency")
+    written = as_command(str(tmp_path / "pictures"), "--saliency", *QUESTIONS)
     weights = explain.group_weights(*loaded, pictures, QUESTIONS)
     for index, row in enumerate(written["rows"]):
         assert (row["name"], row["count"]) == (QUESTIONS[index], 2)
