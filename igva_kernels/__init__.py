@@ -10,7 +10,6 @@ Importing this needs torch alone: neither triton nor a GPU nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
-from igva_kernels import allocator_ops as _allocator_ops  # noqa: F401 (an exported program finds its operators by name)
 from igva_kernels.deformable import MultiScaleDeformableAttention, ms_deform_attn, multi_scale_deformable_attention
 from igva_kernels.functional import (
     GroupMeans,

@@ -10,7 +10,7 @@ _EXAMPLES = """examples:
   igva export runs/mine vision-bf16.pt2 --dtype=bfloat16
 
 To use it, with torch and igva_kernels alone:
-  import torch, igva_kernels
+  import torch, igva_kernels.modules
   vision = torch.export.load("vision.pt2").module()
   outputs = vision(pixel_values, instruction_embeds)
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import igva_kernels
+import igva_kernels.modules
 from model import IgvaLlavaConfig, IgvaLlavaForConditionalGeneration
 from model.cli.main import main
 from model.export import RECORD, ExportReport, VisionSide, export_vision_side
@@ -42,7 +42,7 @@ FUSION_CASES = {
 OTHER_PROCESS = """
 import sys
 import torch
-import igva_kernels
+import igva_kernels.modules
 found = torch.export.load(sys.argv[1]).module()(*torch.load(sys.argv[2]))
 torch.save(found, sys.argv[3])
 print(sorted({"transformers", "model"} & {name.partition(".")[0] for name in sys.modules}))
