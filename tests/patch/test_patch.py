@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
-from igva_kernels import dispatch, patch
+from igva_kernels import dispatch, eager, patch
 
 # The patched code sums in float32 and rounds once; the stand-ins run in float32, in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -23,14 +23,23 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture
 def fusions(monkeypatch) -> list[str]:
-    """The names of the implementations that were asked for, so that a patch that computes nothing shows."""
+    """The names of the implementations that were asked for, so that a patch that computes nothing shows.
+
+    A call that repeats asks for none: it is noted as ``again``.
+    """
     calls: list[str] = []
-    resolve = dispatch.resolve
+    resolve, fuse_again = dispatch.resolve, eager.fuse_again
 
     def counted(impl, *arguments):
         calls.append(impl)
         return resolve(impl, *arguments)
 
+    def counted_again(*arguments):
+        fused = fuse_again(*arguments)
+        calls.extend(() if fused is None else ("again",))
+        return fused
+
+    monkeypatch.setattr(eager, "fuse_again", counted_again)
     for module in ("eager", "functional"):
         monkeypatch.setattr(f"igva_kernels.{module}.resolve", counted)
     return calls
