@@ -70,6 +70,7 @@ def test_a_fixed_mix_says_so_once(make_model, make_processor, picture):
     assert said.getvalue().count("there are no weights to show") == 1
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(talk, loaded, picture):
     steps = []
 

@@ -367,6 +367,7 @@ def test_memory_that_the_system_refuses(checkpoint, tmp_path):
     assert line.startswith("igva ask: out of memory (") and "fewer pictures at once" in line
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("command", ["ask", "chat", "explain", "evaluate", "train"])
 def test_interrupted(command, command_line, monkeypatch, capsys):
     """A real signal, as Ctrl-C sends it."""

@@ -108,6 +108,15 @@ def test_a_long_sample_is_cut_at_its_end(make_dataset, make_record):
     assert item["labels"][-1] != IGNORE_INDEX
 
 
+@pytest.fixture
+def broken_picture(picture_folder):
+    """``images/broken.png``, for one test: others go through the whole folder."""
+    path = picture_folder / "images" / "broken.png"
+    path.write_bytes(b"\x89PNG broken")
+    yield path
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     ("turns", "image", "options", "message"),
     [
@@ -129,9 +138,8 @@ def test_a_long_sample_is_cut_at_its_end(make_dataset, make_record):
     ],
 )
 def test_what_cannot_be_learned_is_refused_with_the_id(
-    turns, image, options, message, make_dataset, make_record, picture_folder
+    turns, image, options, message, make_dataset, make_record, broken_picture
 ):
-    (picture_folder / "images" / "broken.png").write_bytes(b"\x89PNG broken")
     dataset = make_dataset(records=[make_record("sample-9", image, *turns)], **options)
     with pytest.raises(ValueError, match=r"sample sample-9: ") as error:
         dataset[0]
