@@ -31,6 +31,12 @@ def make_record() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def colours() -> dict[str, Any]:
+    """The pictures that ``images`` begins with, by name; tests put others beside them."""
+    return COLOURS
+
+
+@pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One 40 x 20 picture of each colour."""
     folder = tmp_path_factory.mktemp("data")

@@ -61,7 +61,7 @@ def test_the_parsers_take_the_examples_of_the_whole(capsys):
 
 
 @pytest.fixture
-def place(stage1_checkpoint, picture_folder, records, make_record, make_recipe, monkeypatch, tmp_path) -> Path:
+def place(stage1_checkpoint, picture_folder, colours, records, make_record, make_recipe, monkeypatch, tmp_path) -> Path:
     """A folder with all files that the examples name."""
     checkpoint = tmp_path / "runs" / "mine"
     shutil.copytree(stage1_checkpoint, tmp_path / "runs" / "igva-7b-stage1")
@@ -73,7 +73,9 @@ def place(stage1_checkpoint, picture_folder, records, make_record, make_recipe, 
         Image.new("RGB", (40, 20), "red").save(tmp_path / f"{name}.jpg")
     # What --image_folder=images and the recipes of the paper (data) find, too: paths in the data begin with images/.
     for folder in ("images", "images/images", "data/images", "pictures"):
-        shutil.copytree(picture_folder / "images", tmp_path / folder)
+        (tmp_path / folder).mkdir(parents=True)
+        for name in colours:
+            shutil.copy(picture_folder / "images" / f"{name}.png", tmp_path / folder)
     samples = [*records, make_record("000000033471", "images/red.png", "<image>\nWhich colour?", "red", level="colour")]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     for name in ("test", "train"):  # of every kind two samples and more, whose pictures a baseline can exchange
