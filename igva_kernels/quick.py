@@ -11,7 +11,7 @@ Only for frozen towers: where the states need gradients, autograd has to see eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
@@ -141,12 +141,3 @@ class Signatures:
         while len(self._prepared) >= MAX_SIGNATURES:
             self._prepared.pop(next(iter(self._prepared)))
         self._prepared[signature.key] = Prepared(signature.guards, replay, details)
-
-
-def allocation_on(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
-    """``empty(shape, strides, dtype)`` on the current device of this type.
-
-    The one that torch.compile's own code calls takes a quarter of the time of ``torch.empty``. It is private to torch.
-    """
-    found = getattr(_guards, f"_empty_strided_{device.type}", None)
-    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))

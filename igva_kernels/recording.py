@@ -1,13 +1,18 @@
-"""What a call launches, written down for those who want to launch it again."""
+"""What launching a call again takes: what it launched, written down, and new memory for its outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 Launch = TypeVar("Launch")
+
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 
 class Recorder(local, Generic[Launch]):
@@ -35,3 +40,12 @@ class Recorder(local, Generic[Launch]):
             yield launches
         finally:
             self._launches = None
+
+
+def allocation_on(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
+    """``empty(shape, strides, dtype)`` on the current device of this type.
+
+    The one that torch.compile's own code calls takes a quarter of the time of ``torch.empty``. It is private to torch.
+    """
+    found = getattr(_guards, f"_empty_strided_{device.type}", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))

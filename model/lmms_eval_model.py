@@ -201,9 +201,11 @@ class _Igva(lmms):
         raise NotImplementedError("the igva plug-in of lmms-eval runs no tasks of several rounds; choose a task of one")
 
     def _conversation(self, request: Instance) -> _Conversation:
+        """What is asked, as the kind of model (chat or simple) has it in its requests."""
         raise NotImplementedError
 
     def _options_of(self, request: Instance) -> dict[str, Any]:
+        """The generation options of a request, which the two kinds of model find in different places."""
         raise NotImplementedError
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from igva_kernels import FusionPlan, dispatch, fuse, quick
+from igva_kernels import FusionPlan, dispatch, fuse, recording
 from igva_kernels.impl import reference
 from igva_kernels.impl.triton import replay
 
@@ -260,9 +260,9 @@ def test_without_torchs_private_parts_every_call_takes_the_long_way(small_plan, 
 
 
 def test_outputs_are_allocated_without_torchs_private_parts_too(monkeypatch):
-    private = quick.allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
-    monkeypatch.setattr(quick, "_guards", None)
-    public = quick.allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
+    private = recording.allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
+    monkeypatch.setattr(recording, "_guards", None)
+    public = recording.allocation_on(torch.device("cpu"))((2, 3), (3, 1), torch.bfloat16)
     for made in (private, public):
         assert (made.shape, made.stride(), made.dtype, made.device) == ((2, 3), (3, 1), torch.bfloat16, torch.device("cpu"))
 

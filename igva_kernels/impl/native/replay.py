@@ -18,8 +18,7 @@ from torch import Tensor
 
 from igva_kernels.impl.native.build import library
 from igva_kernels.impl.native.structs import Forward, ForwardLayout
-from igva_kernels.quick import allocation_on
-from igva_kernels.recording import Recorder
+from igva_kernels.recording import Recorder, allocation_on
 
 
 class Launch(NamedTuple):

@@ -17,8 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from igva_kernels.quick import allocation_on
-from igva_kernels.recording import Recorder
+from igva_kernels.recording import Recorder, allocation_on
 
 
 class Launch(NamedTuple):
