@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Timing:
         calls: calls in one round (input sets).
         clock: "wall" (CPU) or "cuda_events".
         host_s: on CUDA, the median time in which the host enqueued one call.
+        samples_s: of the single rounds, in order; not written to result files.
     """
 
     median_s: float
@@ -46,9 +47,17 @@ class Timing:
     calls: int
     clock: str
     host_s: float | None = None
+    samples_s: tuple[float, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, float | int | str]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "samples_s"}
+
+    def times_faster_than(self, other: Timing) -> float:
+        """The median over the rounds that both took part in of the ratio within the round.
+
+        The speed of a shared machine drifts between rounds by more than most differences; within one it hits both.
+        """
+        return quantiles([theirs / ours for ours, theirs in zip(self.samples_s, other.samples_s, strict=True)])[0]
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -100,9 +109,10 @@ def compare(
     clock = "cuda_events" if device.type == "cuda" else "wall"
     timings = {}
     for name, closures in variants.items():
-        median, low, high = quantiles([device_s for device_s, _ in samples[name]])
+        taken = tuple(device_s for device_s, _ in samples[name])
+        median, low, high = quantiles(taken)
         host = quantiles([host_s for _, host_s in samples[name]])[0] if device.type == "cuda" else None
-        timings[name] = Timing(median, low, high, rounds, len(closures), clock, host)
+        timings[name] = Timing(median, low, high, rounds, len(closures), clock, host, taken)
     return timings
 
 

@@ -77,14 +77,13 @@ def measure_variants(
         if floor_bytes:
             found["floor_bytes"] = floor_bytes
             found["gb_per_s"] = floor_bytes / timing.median_s / 1e9
-            copy_bytes_per_s = context.copy.bytes / timings[COPY].median_s
-            found["copy_gb_per_s"] = copy_bytes_per_s / 1e9
-            found["share_of_copy"] = floor_bytes / timing.median_s / copy_bytes_per_s
+            found["copy_gb_per_s"] = context.copy.bytes / timings[COPY].median_s / 1e9
+            found["share_of_copy"] = floor_bytes / context.copy.bytes * timing.times_faster_than(timings[COPY])
         if predicted_s and (predicted := predicted_s.get(variant)):
             found["predicted_s"] = predicted
             found["measured_over_predicted"] = timing.median_s / predicted
         if variant != BASELINE and BASELINE in timings:
-            found["times_faster_than_official_eager"] = timings[BASELINE].median_s / timing.median_s
+            found["times_faster_than_official_eager"] = timing.times_faster_than(timings[BASELINE])
         if with_latency:
             found["latency"] = latency(ready[variant], device, seconds=context.seconds).as_dict()
         return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.bandwidth import copy_bandwidth, matmul_flops
-from benchmarks.timing import MAX_SETS, cache_bytes, compare, latency, num_input_sets, quantiles
+from benchmarks.timing import MAX_SETS, Timing, cache_bytes, compare, latency, num_input_sets, quantiles
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,15 @@ def test_rounds_of_variants_alternate_and_use_every_set() -> None:
 
 def test_quantiles() -> None:
     assert quantiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 1.8, 4.2)
+
+
+def test_variants_are_compared_within_the_rounds() -> None:
+    """On a machine that becomes three times slower after two of five rounds; the ratio of the medians is 3."""
+    slow = Timing(6.0, 2.0, 6.0, 5, 1, "wall", samples_s=(2.0, 2.0, 6.0, 6.0, 6.0))
+    fast = Timing(2.0, 1.0, 3.0, 5, 1, "wall", samples_s=(1.0, 1.0, 3.0, 3.0, 2.0))
+    assert fast.times_faster_than(slow) == 2.0
+    assert slow.times_faster_than(fast) == 0.5
+    assert "samples_s" not in fast.as_dict()
 
 
 def test_enough_sets_to_exceed_the_cache() -> None:

@@ -73,7 +73,6 @@ class Replay:
     )
 
     def __init__(self, launch: Launch, states: Sequence[Tensor], weights: Tensor | None, outputs: Sequence[Tensor]) -> None:
-        launch.job.shape.next = 0  # the call has counted its chunks there
         self._template = bytes(launch.job)
         self._layout = launch.layout  # keeps alive what the template points to
         self._maps = launch.maps

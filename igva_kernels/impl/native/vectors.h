@@ -10,7 +10,9 @@
 #include <immintrin.h>
 #endif
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+/* PAIRED is bfloat16 whose even elements stay before the odd ones in registers and scratch, as they come out of a load; it saves
+ * putting them in order where nothing asks for it. */
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, PAIRED = 3 };
 enum { LANES = 8, STEP = 2 * LANES };
 
 typedef float floats __attribute__((vector_size(32)));
@@ -94,7 +96,7 @@ INLINE step load_step(int type, const char *address)
         memcpy(&value.high, address + sizeof value.low, sizeof value.high);
         return value;
     }
-    if (type == BFLOAT16) {
+    if (type == BFLOAT16 || type == PAIRED) {
         words pairs;
         memcpy(&pairs, address, sizeof pairs);
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -114,11 +116,26 @@ INLINE halves narrow(int type, floats value)
     return type == BFLOAT16 ? __builtin_convertvector(round_bfloat16(value) >> 16, halves) : to_float16(value);
 }
 
+INLINE words pair(step value)
+{
+    const words even = round_bfloat16(value.low), odd = round_bfloat16(value.high);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    return even >> 16 | (odd & 0xffff0000);
+#else
+    return (even & 0xffff0000) | odd >> 16;
+#endif
+}
+
 INLINE void store_step(int type, char *address, step value)
 {
     if (type == FLOAT32) {
         memcpy(address, &value.low, sizeof value.low);
         memcpy(address + sizeof value.low, &value.high, sizeof value.high);
+        return;
+    }
+    if (type == PAIRED) {
+        const words pairs = pair(value);
+        memcpy(address, &pairs, sizeof pairs);
         return;
     }
     const halves low = narrow(type, value.low), high = narrow(type, value.high);
@@ -134,6 +151,10 @@ INLINE void stream_step(int type, char *address, step value)
     if (type == FLOAT32) {
         _mm256_stream_ps((float *)address, (__m256)value.low);
         _mm256_stream_ps((float *)(address + sizeof value.low), (__m256)value.high);
+        return;
+    }
+    if (type == PAIRED) {
+        _mm256_stream_si256((__m256i *)address, (__m256i)pair(value));
         return;
     }
     const halves low = narrow(type, value.low), high = narrow(type, value.high);
@@ -207,6 +228,9 @@ INLINE void store_scratch(float *to, int64_t index, step value) { store_step(FLO
             call;                        \
         } else if ((type) == BFLOAT16) { \
             enum { TYPE = BFLOAT16 };    \
+            call;                        \
+        } else if ((type) == PAIRED) {   \
+            enum { TYPE = PAIRED };      \
             call;                        \
         } else {                         \
             enum { TYPE = FLOAT16 };     \
