@@ -11,16 +11,6 @@ from igva_kernels.dispatch import resolve
 from igva_kernels.program import MixProgram
 
 
-def worth_saving_means(program: MixProgram) -> bool:
-    """Whether dL/dw should come from kept group means rather than from the states.
-
-    Keeping them costs a write and a read of K maps and saves the reading of the states: 35 map passes for forward and backward
-    instead of 51 at L = 24, K = 4 with a frozen tower, 41 instead of 57 with a trainable one. Above half of the sources it
-    would cost more than it saves.
-    """
-    return 2 * program.num_weighted_groups <= program.num_sources
-
-
 def kept_for_backward(program: MixProgram, weights_need: bool, states_need: bool, save_means: bool) -> tuple[bool, bool]:
     """Whether the backward needs the group means, and whether it needs the states.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from igva_kernels.backward import kept_for_backward, per_source, resolve_backward, worth_saving_means
+from igva_kernels.backward import kept_for_backward, per_source, resolve_backward
 from igva_kernels.dispatch import resolve
 from igva_kernels.program import MixProgram
 from igva_kernels.quick import Found, Signatures, signature_of
@@ -163,7 +163,7 @@ def should_save_means(program: MixProgram, indices: Tensor | None, weights_need:
 
     Not for sparse weights, whose gradient needs k rows a token; and not where the backward reads the states anyway.
     """
-    return weights_need and indices is None and not (states_need and program.has_norms) and worth_saving_means(program)
+    return weights_need and indices is None and not (states_need and program.has_norms) and program.worth_saving_means
 
 
 def _save(

@@ -136,6 +136,24 @@ def test_two_steps_have_the_bits_of_one(make_states, make_weights) -> None:
     assert torch.equal(mix(means, plan, weights, output_norm=norm, impl="triton"), one)
 
 
+def test_keeping_means_changes_no_bit(kernels, monkeypatch, make_states) -> None:
+    """The means that training keeps take registers: with them this row takes two warps, which sum it in another order."""
+    plan = FusionPlan(num_layers=4, slots=(Weighted(groups=((1, 2, 3, 4),)), Layer(1)))
+    states = make_states(plan, patches=2, width=1000, dtype=torch.float16, finite_prefix=True)
+    weights, norm = torch.rand(1), make_norm("layer", 2000, torch.float16)
+    tiles, launch = [], kernels.launch_normalised_forward
+
+    def seen(*args, tile, **options):
+        tiles.append(tile)
+        launch(*args, tile=tile, **options)
+
+    monkeypatch.setattr(kernels, "launch_normalised_forward", seen)
+    inference = fuse(states, plan, weights, num_prefix_tokens=1, output_norm=norm, impl="triton")
+    training = fuse(states, plan, weights.requires_grad_(), num_prefix_tokens=1, output_norm=norm, impl="triton")
+    assert len(tiles) == 2 and tiles[0] == tiles[1]
+    assert torch.equal(inference, training)
+
+
 def test_a_row_too_wide_for_a_program_takes_two_steps(kernels, monkeypatch, make_states, make_weights) -> None:
     plan, norm = FusionPlan.igva(4, 2), make_norm("layer", 80, torch.float16)
     states, weights = make_states(plan, patches=PATCHES, dtype=torch.float16), make_weights(plan, "image")

@@ -114,9 +114,12 @@ def normalised_forward(
     shape = (batch, num_patches, len(program.slots) * width)
     out_dtype = norm.dtype_of(dtype)
     num_means = program.num_weighted_groups if save_means else 0
-    vec = common_access(states, width, out_dtype, *((dtype,) if save_means else ()))
+    # The tile is one where means are kept and where they could be: it sets the order in which a row is summed, and training and
+    # inference are to agree in every bit.
+    may_save_means = save_means or (indices is None and program.worth_saving_means)
+    vec = common_access(states, width, out_dtype, *((dtype,) if may_save_means else ()))
     # All slots, the sums of the groups that wait, and the row at hand; the compiler keeps means for the end as well.
-    held = len(schedule.terms) + schedule.open_groups + 1 + num_means
+    held = len(schedule.terms) + schedule.open_groups + 1 + may_save_means * program.num_weighted_groups
     tile = normalised_tile(vec, width, accumulation, held)
     if tile is None:
         return _normalised_in_two_steps(
