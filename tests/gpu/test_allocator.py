@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fuzz.poison import poisoned_empty
 from torch import Tensor, nn
 
 from igva_kernels.modules import WeightAllocator
@@ -13,15 +14,16 @@ from igva_kernels.modules import WeightAllocator
 pytestmark = pytest.mark.gpu
 
 RUNS = 20
+SMALL = {"num_groups": 3, "vision_dim": 96, "text_dim": 48, "hidden_dim": 64, "num_blocks": 1, "num_heads": 2}
 
 
-def make(dtype: torch.dtype, impl: str = "triton") -> WeightAllocator:
-    """IGVA's allocator, with weights large enough that attention and head differ from uniform.
+def make(dtype: torch.dtype, impl: str = "triton", **sizes: int) -> WeightAllocator:
+    """IGVA's allocator, or one of other sizes, with weights large enough that attention and head differ from uniform.
 
     No unit of the ffn is near zero: one that rounding turns on or off is an error of its own size, in whichever of the
     implementations it happens.
     """
-    allocator = WeightAllocator(impl=impl).cuda()
+    allocator = WeightAllocator(**sizes, impl=impl).cuda()
     for parameter in allocator.parameters():
         nn.init.normal_(parameter, std=0.05)
     for block in allocator.transformers:
@@ -66,6 +68,24 @@ def test_as_exact_as_the_stock_modules(dtype, batch, assert_as_exact_as) -> None
     expected = run(exact, summaries.double(), embeds.double(), grad_out)
     for name, value in actual.items():
         # a single image's stock error is a matter of luck: four roundings of the parameters' dtype more are allowed
+        roundings = 4 * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
+        assert_as_exact_as(value, same_dtype[name], expected[name], slack=roundings, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small(dtype, assert_as_exact_as) -> None:
+    """Of a few programs, for compute-sanitizer, in memory that is poisoned."""
+    fused, stock, exact = make(dtype, **SMALL), make(dtype, "torch", **SMALL), make(torch.float64, "torch", **SMALL)
+    stock.load_state_dict(fused.state_dict())
+    exact.load_state_dict(fused.state_dict())
+    summaries, embeds = torch.randn(3, 3, 96, device="cuda").to(dtype), torch.randn(3, 48, device="cuda").to(dtype)
+    grad_out = torch.randn(3, 3, device="cuda")
+    with poisoned_empty():
+        actual = run(fused, summaries, embeds, grad_out)
+    same_dtype = run(stock, summaries, embeds, grad_out)
+    expected = run(exact, summaries.double(), embeds.double(), grad_out)
+    for name, value in actual.items():
+        # what small sums leave of rounding is a matter of luck: four roundings of the parameters' dtype more, as above
         roundings = 4 * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
         assert_as_exact_as(value, same_dtype[name], expected[name], slack=roundings, what=name)
 

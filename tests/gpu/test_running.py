@@ -143,7 +143,7 @@ def test_compiled_equals_eager(clip, training_step) -> None:
 def test_opcheck(clip, make_states, make_weights) -> None:
     states = [state for state in make_states(clip, 2, torch.float32, finite_prefix=True) if state is not None]
     weights = make_weights(clip, 2, "image").requires_grad_()
-    torch.library.opcheck(torch.ops.igva.fuse, (states, weights, clip.plan.program.encode(), 1, True, "triton"))
+    torch.library.opcheck(torch.ops.igva.fuse, (states, weights, None, clip.plan.program.encode(), 1, True, None, "triton"))
 
 
 def test_autocast_changes_nothing(clip, make_states, make_weights) -> None:

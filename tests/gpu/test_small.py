@@ -1,17 +1,17 @@
 """Every kernel of the mix at a size of a few programs: quick enough to run under compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest tests/gpu -k small
-    compute-sanitizer --tool racecheck python -m pytest tests/gpu -k small
+    make test-gpu-sanitizer
 
-Without the caching allocator each input is an allocation of its own, so that memcheck sees an access past its end; outputs lie
-between guards. The checks are those of ``tests/fuzz``: float64, poisoned memory, inputs that stay as they are.
+runs these and the ``small`` tests of the allocator and of deformable attention under memcheck and racecheck. Without the caching
+allocator each input is an allocation of its own, so that memcheck sees an access past its end; outputs lie between guards. The
+checks are those of ``tests/fuzz``: float64, poisoned memory, inputs that stay as they are.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fuzz.cases import Case, Limits
+from fuzz.cases import Case, Limits, NormBehind
 from fuzz.check import check_fuse, check_summaries, check_two_steps
 
 from igva_kernels import FusionPlan, Layer, Mean, Norm, Weighted
@@ -22,7 +22,15 @@ LIMITS = Limits()
 LONGER = "last rows of a longer sequence"
 
 
-def case(plan: FusionPlan, sharing: str | None, dtype: torch.dtype, width: int, *, states_need: bool = True) -> Case:
+def case(
+    plan: FusionPlan,
+    sharing: str | None,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    states_need: bool = True,
+    norm: NormBehind | None = None,
+) -> Case:
     """Two images of five patches: the last tile of each is not full."""
     sources = len(plan.sources)
     return Case(
@@ -38,6 +46,7 @@ def case(plan: FusionPlan, sharing: str | None, dtype: torch.dtype, width: int, 
         layouts=tuple((LONGER, "contiguous")[source % 2] for source in range(sources)),
         unread="None",
         grad_layout="rows of a longer sequence",
+        norm=norm,
         weights_need=sharing is not None,
         states_need=(states_need,) * sources,
         seed=0,
@@ -47,6 +56,8 @@ def case(plan: FusionPlan, sharing: str | None, dtype: torch.dtype, width: int, 
 IGVA = FusionPlan.igva(6, 2)
 OVERLAPPING = FusionPlan(5, (Weighted(((0, 1, 2), (2, 3, 4)), plus=5), Mean((1, 2)), Layer(2), Layer(0)))
 NORMALISED = FusionPlan(4, (Weighted(((1, 2), (3,)), norm=Norm("layer")), Mean((1, 4), Norm("rms"))))
+LAYER_BEHIND = NormBehind("layer", 1e-5, weight=True, bias=True, wide=False, needs=True)
+RMS_BEHIND = NormBehind("rms", 1e-5, weight=True, bias=False, wide=True, needs=False)
 BF16, F32 = torch.bfloat16, torch.float32
 
 CASES = {
@@ -60,6 +71,9 @@ CASES = {
     "norms, trainable": case(NORMALISED, "image", BF16, 1000),
     "norms, weights per token": case(NORMALISED, "token", F32, 1028),
     "no weights": case(FusionPlan.dense_connector_dci(4), None, BF16, 1152),
+    "norm behind, trainable": case(IGVA, "image", BF16, 1000, norm=LAYER_BEHIND),
+    "norm behind, frozen": case(IGVA, "token", BF16, 1152, states_need=False, norm=RMS_BEHIND),
+    "norm behind, sparse": case(FusionPlan.mixture_of_layers(4), "sparse", F32, 516, norm=LAYER_BEHIND),
 }
 
 
