@@ -28,8 +28,14 @@ Attention = Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2", "fla
 
 VARLEN = "varlen"
 
-#: What ``varlen_attn`` must take: the form it has had since windows and grouped heads came to it, after torch 2.10.
-_VARLEN_PARAMETERS = {"scale", "window_size", "enable_gqa"}
+#: What ``varlen_attn`` must take: the form it has had since windows came to it, in torch 2.11.
+_VARLEN_PARAMETERS = {"scale", "window_size"}
+
+_parameters_here = inspect.signature(varlen.varlen_attn).parameters.keys()
+
+#: Whether ``varlen_attn`` takes fewer heads of keys than of queries. torch 2.11 documents one number of heads for all three;
+#: there the heads of keys and values are repeated.
+_GROUPED_HEADS = "enable_gqa" in _parameters_here
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def choose_attention(setting: Attention, device: torch.device, *, packing: bool,
 
 def varlen_is_available() -> bool:
     """Whether this torch has ``varlen_attn`` in the form that is used here."""
-    return inspect.signature(varlen.varlen_attn).parameters.keys() >= _VARLEN_PARAMETERS
+    return _parameters_here >= _VARLEN_PARAMETERS
 
 
 def varlen_attention(
@@ -146,13 +152,16 @@ def varlen_attention(
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"varlen attention needs fp16 or bf16, got {query.dtype}; set precision to bf16")
     rows, heads, length, width = query.shape
+    grouped = key.shape[1] != heads
+    if grouped and not _GROUPED_HEADS:
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
     flat = [tensor.transpose(1, 2).reshape(-1, tensor.shape[1], tensor.shape[3]) for tensor in (query, key, value)]
     out = _varlen_attn()(
         *flat,
         *boundaries,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # 0 to the right: causal
-        enable_gqa=key.shape[1] != heads,
+        **({"enable_gqa": grouped} if _GROUPED_HEADS else {}),
     )
     return out.view(rows, length, heads, width), None
 
@@ -180,7 +189,7 @@ def _varlen_attn() -> Callable[..., Any]:
 
 def _remedy(setting: str) -> str:
     if setting == VARLEN:
-        return "install flash-attn or a torch above 2.10 with CUDA"
+        return "install flash-attn or torch 2.11 or newer with CUDA"
     return "install flash-attn" + (" 3 (Hopper or newer)" if setting == "flash_attention_3" else "")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen as torch_varlen
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from model import IgvaLlavaForConditionalGeneration
@@ -208,6 +210,14 @@ class Varlen:
         assert torch.equal(cu_seq_q, cu_seq_k)
         return self(query, key, value, cu_seq_q, scale, **options)
 
+    def torch_varlen_of_equal_heads(
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        """The form of torch 2.11."""
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert query.shape == key.shape == value.shape
+        return self(query, key, value, cu_seq_q, scale, longest=(max_q, max_k), window=window_size)
+
     def flash_varlen(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
     ):
@@ -233,6 +243,7 @@ def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def varlen(monkeypatch) -> Varlen:
     stub = Varlen()
     monkeypatch.setattr(attention_module, "_varlen_attn", lambda: stub.torch_varlen)
+    monkeypatch.setattr(attention_module, "_GROUPED_HEADS", True)
     return stub
 
 
@@ -249,6 +260,18 @@ def test_varlen_gets_the_boundaries_and_gives_what_the_dense_mask_gives(varlen, 
         assert call["window"] == (-1, 0)  # causal
     assert distance(actual, expected) < 0.03  # the stub and the dense mask round differently to bfloat16's 8 bits
     assert distance(step(model, PackingCollator()(samples[:1] + samples[2:])), expected) > 0.3
+
+
+def test_varlen_without_grouped_heads_gets_as_many_heads_of_keys_as_of_queries(varlen, monkeypatch, make_model, make_samples):
+    model, samples = in_bfloat16(make_model().train(), make_samples(make_model()))
+    batch = PackingCollator()(samples)
+    model.model.language_model.set_attn_implementation("varlen")
+    expected = step(model, batch)
+    monkeypatch.setattr(attention_module, "_GROUPED_HEADS", False)
+    monkeypatch.setattr(attention_module, "_varlen_attn", lambda: varlen.torch_varlen_of_equal_heads)
+    actual = step(model, batch)
+    assert [call["heads"] for call in varlen.calls] == [(4, 2), (4, 2), (4, 4), (4, 4)]
+    assert distance(actual, expected) < 0.03  # gradients of the heads of a group are added in another order
 
 
 def test_varlen_runs_padded_rows_and_generation_as_sdpa_does(varlen, make_model, make_batch):
@@ -279,8 +302,12 @@ def test_varlen_refuses_packed_rows_without_boundaries_and_fp32(varlen, make_mod
 
 
 def test_this_torch_has_the_varlen_attention_that_is_called():
-    # Its signature is all that a CPU can check; the stub above takes the same arguments.
+    # Its signature is all that a CPU can check; the stubs above take the same arguments.
     assert varlen_is_available()
+    parameters = list(inspect.signature(torch_varlen.varlen_attn).parameters)
+    positional = list(inspect.signature(Varlen().torch_varlen).parameters)[:7]
+    assert parameters[:7] == positional
+    assert ("enable_gqa" in parameters) == attention_module._GROUPED_HEADS
 
 
 class Processes(tuple):
@@ -360,9 +387,9 @@ def test_a_set_attention_is_taken(machine):
             True,
             "flash_attention_2, which is not installed.*install flash-attn, or set attention",
         ),
-        ("varlen", CPU, True, True, "does not run on cpu; install flash-attn or a torch above 2.10"),
+        ("varlen", CPU, True, True, "does not run on cpu; install flash-attn or torch 2.11 or newer"),
         ("sdpa", GPU, True, True, r"a mask of \(length, length\) for each row; set attention to auto"),
-        ("auto", GPU, True, True, "no attention for packed rows can run here; install flash-attn or a torch"),
+        ("auto", GPU, True, True, "no attention for packed rows can run here; install flash-attn or torch"),
         ("auto", GPU, True, False, "no attention for packed rows can run here; set precision to bf16"),
     ],
 )
