@@ -15,6 +15,9 @@ from typing import Literal
 NormKind = Literal["layer", "rms"]
 NORM_KINDS: tuple[NormKind, ...] = ("layer", "rms")
 
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal float32. With less, a row of zeros, which stands for a row that is not to be read, would become 0 / 0."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -26,10 +29,10 @@ class Norm:
 
     Args:
         kind: ``"layer"`` or ``"rms"``.
-        eps: added under the root, not negative.
+        eps: added under the root, at least :data:`SMALLEST_EPS`.
 
     Raises:
-        ValueError: another kind, or a negative ``eps``.
+        ValueError: another kind, or an ``eps`` below the smallest.
     """
 
     kind: NormKind
@@ -38,8 +41,8 @@ class Norm:
     def __post_init__(self) -> None:
         if self.kind not in NORM_KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, NORM_KINDS))}, got {self.kind!r}")
-        if not self.eps >= 0:
-            raise ValueError(f"eps must not be negative, got {self.eps!r}")
+        if not self.eps >= SMALLEST_EPS:
+            raise ValueError(f"eps must be at least {SMALLEST_EPS:.3g} (the smallest normal float32), got {self.eps!r}; usual is 1e-5")
 
 
 PLAIN = -1

@@ -198,7 +198,10 @@ def fuse_backward(
             total = term if total is None else total.add_(term)
         return torch.zeros_like(grad_slots[0][tile], dtype=wide) if total is None else total
 
-    return grad_weights, _grad_states(grad_slots, cotangent, patches, program, num_prefix_tokens, num_tokens)
+    def unread(g: int, tile: Tile) -> Tensor | None:
+        return factors.unread([column for _, column in uses[g]], tile)
+
+    return grad_weights, _grad_states(grad_slots, cotangent, patches, program, num_prefix_tokens, num_tokens, unread=unread)
 
 
 def reduce_backward(
@@ -332,6 +335,13 @@ class _Factors:
         else:
             grad += torch.where(self._indices[tile].eq(column), of_column, 0)
 
+    def unread(self, columns: Sequence[int], tile: Tile) -> Tensor | None:
+        """(images, patches, 1): the tokens that none of the columns reaches; None if there is none by construction."""
+        if self._indices is None or PLAIN in columns:
+            return None
+        named = [self._indices[tile].eq(column).any(-1, keepdim=True) for column in columns]
+        return ~torch.cat(named, -1).any(-1, keepdim=True)
+
     def _clear_(self, term: Tensor, column: int, tile: Tile) -> None:
         if self._indices is not None:  # 0 times an infinity is not 0
             term.masked_fill_(~self._indices[tile].eq(column).any(-1, keepdim=True), 0)
@@ -345,6 +355,7 @@ def _grad_states(
     num_prefix_tokens: int,
     num_tokens: int,
     classes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    unread: Callable[[int, Tile], Tensor | None] = lambda g, tile: None,
 ) -> list[Tensor]:
     """One (B, T, D) a gradient class.
 
@@ -353,6 +364,7 @@ def _grad_states(
         cotangent: gives that of a member of a group, before its norm, as a tensor that may be overwritten.
         patches: the states' patches, read only for norms.
         classes: copies and groups of each class, if not the program's.
+        unread: gives the tokens, (images, patches, 1), that a group does not reach, whatever its members hold there.
     """
     like = grad_slots[0]
     batch, _, width = like.shape
@@ -374,7 +386,8 @@ def _grad_states(
                 else:
                     if g not in shares:
                         shares[g] = cotangent(g, tile)
-                    term = _norm_backward(shares[g], patches[source][tile].to(wide), norm)
+                    value, beyond = patches[source][tile].to(wide), unread(g, tile)
+                    term = _norm_backward(shares[g], value if beyond is None else value.masked_fill(beyond, 0), norm)
                 total = term if total is None else total.add_(term)
             for s in copy_slots:
                 copied = grad_slots[s][tile]

@@ -59,7 +59,7 @@ def fuse_forward(
         dtype: of both results; None for that of the states. Copied sources have it already, means may be wider.
     """
     dtype = states[0].dtype if dtype is None else dtype
-    means = _group_means(states, program, num_prefix_tokens)
+    means = _group_means(states, program, num_prefix_tokens, indices)
     slots = []
     for slot in program.slots:
         if isinstance(slot, CopySlot):
@@ -257,13 +257,26 @@ def summary_groups(program: MixProgram) -> list[int]:
     return [columns[column] for column in range(program.num_weights)]
 
 
-def _group_means(states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int) -> list[Tensor]:
+def _group_means(
+    states: Sequence[Tensor], program: MixProgram, num_prefix_tokens: int, indices: Tensor | None = None
+) -> list[Tensor]:
+    """With ``indices`` (B, N, k), members of a normalised group are 0 in the tokens that the group does not reach."""
     wide = accumulation_dtype(states[0].dtype)
     patches = [state[:, num_prefix_tokens:].to(wide) for state in states]
-    return [
-        _mean([_normalised(patches[source], norm) for source in group])
-        for group, norm in zip(program.groups, program.norms, strict=True)
-    ]
+    means = []
+    for g, (group, norm) in enumerate(zip(program.groups, program.norms, strict=True)):
+        members = [patches[source] for source in group]
+        columns = _columns_of_group(program, g)
+        if norm is not None and indices is not None and PLAIN not in columns:  # the gradient of a NaN through a norm is NaN
+            reached = torch.isin(indices, indices.new_tensor(columns)).any(-1, keepdim=True)
+            members = [torch.where(reached, member, 0) for member in members]
+        means.append(_mean([_normalised(member, norm) for member in members]))
+    return means
+
+
+def _columns_of_group(program: MixProgram, group: int) -> list[int]:
+    mixes = [slot for slot in program.slots if not isinstance(slot, CopySlot)]
+    return [term.column for slot in mixes for term in slot.terms if term.group == group]
 
 
 def _normalised(value: Tensor, norm: Norm | None) -> Tensor:

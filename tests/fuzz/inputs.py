@@ -53,8 +53,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Draw the values of a case on a CPU, with poison wherever nothing may be read, and move them to ``device``.
 
     Prefix rows hold infinity and NaN in turn, unread layers NaN, and so does what lies between rows. With sparse weights the
-    patches of a layer that their token does not name hold NaN as well, unless their gradient is asked for and runs through
-    a norm: that of a NaN is NaN, whatever multiplies it.
+    patches of a layer that their token does not name hold NaN as well.
     """
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -109,7 +108,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 
 def _reached(case: Case, layer: int, indices: Tensor | None, device: str) -> Tensor:
     """(B, N): the tokens whose output depends on the layer."""
-    if indices is None or (case.plan.program.has_norms and any(case.states_need)):
+    if indices is None:
         return torch.ones(case.batch, case.patches, dtype=torch.bool, device=device)
     always = any(
         (isinstance(slot, Layer) and slot.index == layer)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from igva_kernels import SparseWeights, fuse
 from igva_kernels.plan import FusionPlan, Layer, Weighted
-from igva_kernels.program import Norm
+from igva_kernels.program import SMALLEST_EPS, Norm
 
 SLACK = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 0.5, torch.bfloat16: 1.0}  # as in test_mix.py
 BATCH, PATCHES = 2, 3
@@ -92,13 +92,22 @@ def test_gradients_through_norms(
         torch.testing.assert_close(alone, grad_weights)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-def test_prefix_rows_without_eps(kernels, make_states) -> None:
-    """A row that is not read has the deviation 0, and 0 / 0 must not become its gradient."""
-    plan = FusionPlan(1, (Weighted(((1,),), norm=Norm("layer", 0.0)),))
+def test_rows_that_are_not_read_with_the_smallest_eps(kernels, make_states) -> None:
+    """Their deviation is 0: neither a prefix row, nor a group that a token does not name, nor padding may become 0 / 0."""
+    norm = Norm("layer", SMALLEST_EPS)
+    plan = FusionPlan(1, (Weighted(((1,),), norm=norm),))
     states, grad_out = make_states(plan, patches=PATCHES), torch.randn(BATCH, PATCHES, 40)
     _, (grad,) = kernels.fuse_backward(grad_out, states[1:], None, torch.ones(1), plan.program, 1, 1 + PATCHES, False, True)
     assert (grad[:, 0] == 0).all() and grad.isfinite().all()
+
+    for groups in (((1,), (2,)), ((1, 2), (2, 3))):  # one state a group is read by its index, shared ones are masked
+        plan = FusionPlan(3, (Weighted(groups, norm=norm),))
+        states = [state.requires_grad_() for state in make_states(plan, patches=PATCHES, finite_prefix=True)]
+        values = torch.rand(BATCH, PATCHES, 2).requires_grad_()
+        indices = torch.tensor([0, -1]).expand(BATCH, PATCHES, 2)
+        out = fuse(states, plan, SparseWeights(values, indices), num_prefix_tokens=1, impl="triton")
+        grads = torch.autograd.grad(out.square().sum(), [values, *(states[layer] for layer in plan.sources)])
+        assert all(tensor.isfinite().all() for tensor in (out, *grads))
 
 
 def test_reduce_normalised_groups(kernels, normalised_plan, make_states, assert_as_exact_as) -> None:
