@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,18 +48,29 @@ class Results:
 
 
 def run(case: FuseCase, variant: Variant, inputs: FuseInputs) -> Results:
-    """One call of a variant: what is timed, and what is checked."""
+    """One call of a variant: what is checked, and what is timed where the case is not the backward alone."""
     if case.mode == "forward":
         with torch.no_grad():
             return Results(variant(inputs))
     output = variant(inputs)
-    targets = [] if inputs.weights is None else [inputs.weights]
-    if case.mode == "trainable":
-        targets += [inputs.hidden_states[layer] for layer in case.tower.plan(case.stage).sources]
-    grads = torch.autograd.grad(output, targets, inputs.cotangent)
+    grads = torch.autograd.grad(output, leaves(case, inputs), inputs.cotangent)
     if inputs.weights is None:
         return Results(output, None, grads)
     return Results(output, grads[0], grads[1:])
+
+
+def backward_of(case: FuseCase, variant: Variant, inputs: FuseInputs) -> Callable[[], tuple[Tensor, ...]]:
+    """The backward alone as a call that can be repeated: the forward runs here, once, and its graph is kept."""
+    output = variant(inputs)
+    return partial(torch.autograd.grad, output, leaves(case, inputs), inputs.cotangent, retain_graph=True)
+
+
+def leaves(case: FuseCase, inputs: FuseInputs) -> list[Tensor]:
+    """What a case differentiates by: the weights, if any, then the hidden states that are read."""
+    weights = [] if inputs.weights is None else [inputs.weights]
+    if not case.trains_states:
+        return weights
+    return weights + [inputs.hidden_states[layer] for layer in case.tower.plan(case.stage).sources]
 
 
 def official(case: FuseCase) -> Variant:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.bandwidth import Bandwidth, copy_bandwidth
+from benchmarks.bandwidth import Bandwidth, copy_bandwidth, make_copy
 from benchmarks.machine import describe
 
 
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def bandwidth(request: pytest.FixtureRequest, device: torch.device) -> Bandwidth:
     """Copy bandwidth, measured in this run."""
-    return copy_bandwidth(device, tiny=request.config.getoption("--tiny"))
+    return copy_bandwidth(make_copy(device, tiny=request.config.getoption("--tiny")), device)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -23,17 +23,19 @@ class Context:
         tiny: tiny sizes, to run the code of every case; the figures then mean nothing.
         seconds: time for the clock of each variant, about.
         recorder: takes the cases.
+        rounds: timed rounds of each variant; None: as many as fit into ``seconds``.
     """
 
     device: torch.device
     tiny: bool
     seconds: float
     recorder: Recorder
+    rounds: int | None = None
 
     @cached_property
     def bandwidth(self) -> Bandwidth:
         """The copy bandwidth, measured once, at its first use."""
-        measured = copy_bandwidth(self.device, tiny=self.tiny, seconds=self.seconds)
+        measured = copy_bandwidth(self.copy, self.device, seconds=self.seconds)
         self.recorder.document["ceilings"]["copy"] = measured.as_dict()
         self.recorder.show(f"copy bandwidth: {measured.bytes_per_s / 1e9:.1f} GB/s")
         return measured

@@ -1,4 +1,7 @@
-"""What a figure is worth nothing without: the machine and the versions that it comes from."""
+"""What a figure is worth nothing without: the machine and the versions that it comes from.
+
+Where the tree is a copy without git, the variable ``IGVA_COMMIT`` says which commit it is of.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,29 @@ def describe(device: torch.device) -> dict:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             "num_sms": properties.multi_processor_count,
+            "nvidia_smi": _nvidia_smi(),
         }
     return facts
+
+
+NVIDIA_SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
+"""What nvidia-smi is asked; the clocks are those of an idle card at the start, beside the highest."""
+
+
+def _nvidia_smi() -> dict[str, str] | None:
+    """Driver and clocks of the first card; None where there is no nvidia-smi or it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_nvidia_smi(done.stdout)
+
+
+def parse_nvidia_smi(text: str) -> dict[str, str]:
+    """The values of the first line by their names, with their units."""
+    values = (text.splitlines() or [""])[0].split(",")
+    return dict(zip(NVIDIA_SMI, (value.strip() for value in values), strict=False))
 
 
 def _version(package: str) -> str | None:
@@ -57,7 +81,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the tree, with "+changes" when files of it differ; None outside a git checkout or without git."""
+    """``IGVA_COMMIT`` where it is set, else the commit of the tree, with "+changes" when files of it differ; None outside a git
+    checkout or without git."""
+    if given := os.environ.get("IGVA_COMMIT"):
+        return given
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")

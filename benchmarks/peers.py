@@ -1,4 +1,5 @@
-"""What the kernels are compared with: the official eager formulation, written by us from the formula, and torch.compile of it.
+"""What the kernels are compared with: the official eager formulation, written by us from the formula, and torch.compile of it
+and of the same formula as one running sum.
 
 The steps are those of the released IGVA code (YiZheng-zy/IGVA, ``encode_images`` and ``Aggregator`` at 6fa8d84): a stack and
 a mean per group with the prefix rows included, a stack of the groups' patches, a product with the weights, a sum over the
@@ -44,6 +45,25 @@ def official_fuse(
         weighted = patches * weights.to(patches.dtype).t()[:, :, None, None]
         fused = weighted.sum(dim=0)
     return torch.cat((hidden_states[base][:, num_prefix_tokens:], fused), dim=-1)
+
+
+def plain_sum_fuse(
+    hidden_states: Sequence[Tensor], groups: Groups, base: int, weights: Tensor | None, num_prefix_tokens: int
+) -> Tensor:
+    """The formula of :func:`official_fuse` as a running sum, for a compiler: arguments and result as there.
+
+    Without a stack there is nothing that Inductor would have to write to memory first: it makes one kernel of all loads. Of the
+    stacks in the official formulation it copies the states into one buffer a group.
+    """
+    mixed: Tensor | None = None
+    for index, group in enumerate(groups):
+        total = hidden_states[group[0]][:, num_prefix_tokens:]
+        for layer in group[1:]:
+            total = total + hidden_states[layer][:, num_prefix_tokens:]
+        mean = total / len(group)
+        share = mean / len(groups) if weights is None else mean * weights.to(mean.dtype)[:, index, None, None]
+        mixed = share if mixed is None else mixed + share
+    return torch.cat((hidden_states[base][:, num_prefix_tokens:], mixed), dim=-1)
 
 
 def official_summaries(hidden_states: Sequence[Tensor], groups: Groups) -> Tensor:

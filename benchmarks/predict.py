@@ -109,6 +109,8 @@ CASE_KERNELS = {
     "forward": ("forward",),
     "frozen": ("forward, means saved", "dw"),
     "trainable": ("forward, means saved", "dw and dh"),
+    "frozen backward": ("dw",),
+    "trainable backward": ("dw and dh",),
 }
 """The launches behind a mode of a stage 2 case."""
 

@@ -141,6 +141,7 @@ CASE: dict[str, Cell] = {
 FLOOR: dict[str, Cell] = {
     "GB/s of the floor": _metric("gb_per_s", "{:.1f}"),
     "share of copy": _metric("share_of_copy", "{:.0%}"),
+    "of a copy of the same size": _metric("share_of_copy_of_same_size", "{:.0%}"),
 }
 STEP: dict[str, Cell] = {
     "model": _parameter("setup"),
@@ -185,6 +186,8 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
     ("fuse, forward", _fuse("forward"), CASE | STAGE | TIMES | FLOOR | MEMORY | LAUNCH),
     ("fuse, forward and backward, frozen tower", _fuse("frozen"), CASE | TIMES | FLOOR | MEMORY | LAUNCH),
     ("fuse, forward and backward, trainable tower", _fuse("trainable"), CASE | STAGE | TIMES | FLOOR | MEMORY | LAUNCH),
+    ("fuse, backward alone, frozen tower", _fuse("frozen backward"), CASE | TIMES | FLOOR | MEMORY | LAUNCH),
+    ("fuse, backward alone, trainable tower", _fuse("trainable backward"), CASE | STAGE | TIMES | FLOOR | MEMORY | LAUNCH),
     (
         "other mixes, against the code of their authors",
         _operation("mix"),
@@ -228,7 +231,7 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
     (
         "the language model's layers, on top of all parts",
         lambda case: "switch" in case["parameters"],
-        RUN | {"": _parameter("switch"), "× without": FASTER} | LOOP,
+        RUN | {"": _parameter("switch"), "× without": FASTER} | LOOP | {"not run": _metric("not_run", "{}")},
     ),
     (
         "head and loss alone",

@@ -93,25 +93,24 @@ def backward_traffic(
 
 
 def case_traffic(case: FuseCase) -> Traffic:
-    """The least traffic of a case: the group means are kept for dL/dw where that is less than reading the sources again."""
+    """The least traffic of a case: the group means are kept for dL/dw where that is less than reading the sources again.
+
+    What is kept is decided by both passes together, also where the backward is counted alone.
+    """
     program = case.tower.plan(case.stage).program
     if case.mode == "forward":
         return forward_traffic(program, case.map_bytes)
     ratio = case.tower.num_tokens / case.tower.num_patches
     weights = case.stage == 2
-    options = [
-        forward_traffic(program, case.map_bytes, save_means=saved)
-        + backward_traffic(
-            program,
-            case.map_bytes,
-            weights=weights,
-            states=case.mode == "trainable",
-            saved_means=saved,
-            token_ratio=ratio,
+    options = []
+    for saved in (False, True) if weights else (False,):
+        forward = forward_traffic(program, case.map_bytes, save_means=saved)
+        backward = backward_traffic(
+            program, case.map_bytes, weights=weights, states=case.trains_states, saved_means=saved, token_ratio=ratio
         )
-        for saved in ((False, True) if weights else (False,))
-    ]
-    return min(options, key=lambda traffic: traffic.bytes)
+        options.append((forward + backward, backward))
+    both, backward = min(options, key=lambda passes: passes[0].bytes)
+    return backward if case.backward_alone else both
 
 
 def official_forward_traffic(case: FuseCase) -> Traffic:

@@ -63,7 +63,8 @@ class FuseCase:
         dtype: dtype of the hidden states. The weights are float32 with values that bfloat16 holds exactly, so that the official
             formulation, which casts them to the model's dtype, computes the same mix.
         stage: 2 (weighted) or 1 (plain average).
-        mode: "forward" (no graph), "frozen" (forward and backward to the weights), "trainable" (to the hidden states as well).
+        mode: "forward" (no graph), "frozen" (forward and backward to the weights), "trainable" (to the hidden states as well),
+            or the backward of one of these alone, behind a forward that is not timed.
     """
 
     tower: Tower
@@ -75,8 +76,18 @@ class FuseCase:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
-        if self.stage == 1 and self.mode == "frozen":
+        if self.stage == 1 and self.mode.startswith("frozen"):
             raise ValueError("stage 1 has no weights: with a frozen tower there is no backward to measure")
+
+    @property
+    def trains_states(self) -> bool:
+        """Whether the hidden states have gradients."""
+        return self.mode.startswith("trainable")
+
+    @property
+    def backward_alone(self) -> bool:
+        """Whether the forward is left out of the time, the bytes and the memory."""
+        return self.mode in BACKWARD_MODES
 
     @property
     def map_bytes(self) -> int:
@@ -95,7 +106,8 @@ class FuseCase:
         return f"{self.tower.name} B={self.batch} {dtype} stage {self.stage} {self.mode}"
 
 
-MODES = ("forward", "frozen", "trainable")
+BACKWARD_MODES = ("frozen backward", "trainable backward")
+MODES = ("forward", "frozen", "trainable", *BACKWARD_MODES)
 
 
 @dataclass
@@ -122,7 +134,7 @@ def make_inputs(case: FuseCase, device: torch.device, seed: int) -> FuseInputs:
     weights = None
     if case.stage == 2:
         weights = torch.softmax(normal(case.batch, tower.num_groups, dtype=torch.float32), -1).bfloat16().float()
-    if case.mode == "trainable":
+    if case.trains_states:
         for state in hidden_states:
             state.requires_grad_()
     if case.mode != "forward" and weights is not None:

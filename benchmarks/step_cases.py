@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -31,8 +32,10 @@ from .training_step import (
     make_step,
     require_same,
 )
+from .variants import release
 
 ROUNDS = 5
+LIGER = "compiled layers and Liger's kernels"
 LLAMA_7B = Setup("Llama 7B", 1, llama(4096, 11008, 32, 32, 32), CLIP_L, 768, 1024, 32, 8, 96)
 LLAMA_1B = Setup("Llama 1.1B", 2, llama(2048, 5632, 22, 32, 4), CLIP_L, 768, 1024, 32, 8, 128)
 SMALL_TOWER = CLIP_L | {
@@ -51,7 +54,7 @@ TINY_TOWER = CLIP_L | {
     "image_size": 28,
 }
 TINY = [
-    Setup("tiny Llama", stage, llama(32, 64, 2, 4, 2, vocabulary=128), TINY_TOWER, 24, 32, 8, 4, 8) for stage in (1, 2)
+    Setup("tiny Llama", stage, llama(32, 64, 2, 4, 2, vocabulary=128), TINY_TOWER, 24, 64, 8, 4, 8) for stage in (1, 2)
 ]  # fmt: skip
 
 
@@ -69,9 +72,9 @@ def run_part(context: Context) -> None:
     """Record the loss alone, then every setup."""
     measure_loss(context)
     for setup in setups_for(context):
-        measure_setup(context, setup)
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+        # a setup that does not fit into memory leaves the others theirs
+        context.recorder.guard(f"{setup.name} stage {setup.stage}", partial(measure_setup, context, setup))
+        release(context.device)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def measure_setup(context: Context, setup: Setup) -> None:
     title = f"{setup.name} stage {setup.stage}"
     if context.recorder.case(f"{title}: loss and gradients are the same in all lines", {}, prepare) is None:
         return
-    rounds = 1 if context.tiny else ROUNDS
+    rounds = rounds_of(context)
     times: dict[str, list[float]] = {name: [] for name in parts["steps"]}
     for step in parts["steps"].values():
         step()
@@ -111,6 +114,11 @@ def measure_setup(context: Context, setup: Setup) -> None:
         before = line.name
     measure_apart(context, setup, medians)
     measure_layers(context, setup, parts)
+
+
+def rounds_of(context: Context) -> int:
+    """How often a step is timed."""
+    return context.rounds or (1 if context.tiny else ROUNDS)
 
 
 def record(context: Context, setup: Setup, name: str, part: str, measure: Callable[[], dict]) -> None:
@@ -181,11 +189,13 @@ def measure_layers(context: Context, setup: Setup, parts: dict) -> None:
 
     def timed() -> list[float]:
         step()
-        return [seconds(step, device) for _ in range(1 if context.tiny else ROUNDS)]
+        return [seconds(step, device) for _ in range(rounds_of(context))]
 
     reference = quantiles(timed())[0]
 
-    def measure(switch: Callable[[], object]) -> dict:
+    def measure(name: str, switch: Callable[[], object]) -> dict:
+        if name == LIGER and importlib.util.find_spec("liger_kernel") is None:
+            return {"not_run": "liger-kernel is not installed"}
         switch()
         return line_metrics(context, parts, LINES[-1], timed(), reference, reference)
 
@@ -200,10 +210,10 @@ def measure_layers(context: Context, setup: Setup, parts: dict) -> None:
     ]
     if device.type == "cuda":  # on a CPU Liger does not run, and to compile takes longer than all lines
         switches.append(("compiled layers", compile_them))
-        switches.append(("compiled layers and Liger's kernels", partial(use_liger_kernels, language_model, device)))
+        switches.append((LIGER, partial(use_liger_kernels, language_model, device)))
     for name, switch in switches:
         parameters = {"model": setup.name, "stage": setup.stage, "switch": name}
-        context.recorder.case(f"{setup.name} stage {setup.stage}: all, with {name}", parameters, partial(measure, switch))
+        context.recorder.case(f"{setup.name} stage {setup.stage}: all, with {name}", parameters, partial(measure, name, switch))
         checkpoint_layers(language_model, 1)
 
 
@@ -253,7 +263,7 @@ def loss_metrics(context: Context, sizes: dict[str, int], learned_only: bool, ch
         return gradients[0]
 
     call()
-    median, low, high = quantiles([seconds(call, device) for _ in range(1 if context.tiny else ROUNDS)])
+    median, low, high = quantiles([seconds(call, device) for _ in range(rounds_of(context))])
     return {
         "median_s": median,
         "low_s": low,

@@ -82,6 +82,7 @@ def compare(
     device: torch.device,
     *,
     seconds: float = 1.0,
+    rounds: int | None = None,
     min_rounds: int = 5,
     max_rounds: int = 100,
 ) -> dict[str, Timing]:
@@ -91,7 +92,8 @@ def compare(
         variants: for each name its closures, one per set of inputs.
         device: where they run; the clock is chosen by it.
         seconds: time to spend on the timed rounds of each variant, about.
-        min_rounds, max_rounds: bounds on the number of rounds.
+        rounds: the number of rounds, whatever time they take; None: what fits into ``seconds``.
+        min_rounds, max_rounds: bounds on that number.
 
     Returns:
         For each name its :class:`Timing`. Every variant is called twice before the clock starts (compilation, allocator).
@@ -101,7 +103,8 @@ def compare(
     for closures in variants.values():
         run_round(closures)
         estimate = max(estimate, run_round(closures)[0] * len(closures))
-    rounds = min(max_rounds, max(min_rounds, int(seconds / max(estimate, 1e-9))))
+    if rounds is None:
+        rounds = min(max_rounds, max(min_rounds, int(seconds / max(estimate, 1e-9))))
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, closures in variants.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,9 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .bandwidth import make_copy_of_size
 from .check import WrongResult
 from .context import Context
 from .memory import peak_bytes
+from .record import loses_device
 from .timing import Closure, Timing, compare, cuda_graph_time, latency, num_input_sets
 
 Prepare = Callable[[], Sequence[Closure]]
@@ -19,8 +22,8 @@ Prepare = Callable[[], Sequence[Closure]]
 
 BASELINE = "official eager"
 
-COPY = "copy"
-"""The name under which the copy takes part in the rounds of a case."""
+COPY, COPY_OF_SAME_SIZE = "copy", "copy of the same size"
+"""The names under which the copies take part in the rounds of a case."""
 
 
 def measure_variants(
@@ -35,19 +38,31 @@ def measure_variants(
     with_latency: bool = False,
     with_graph: bool = False,
 ) -> None:
-    """Record one case per variant.
+    """Record one case per variant that the recorder wants.
 
     Args:
         name, parameters: of the computation; the variant's name is added to both.
         variants: how to prepare each. One that cannot be prepared is recorded as an error and is not timed.
-        floor_bytes: bytes that the computation must move; gives GB/s and the share of the bandwidth of a copy, whose rounds
-            alternate with those of the variants.
+        floor_bytes: bytes that the computation must move; gives GB/s and the share of the bandwidth of two copies, a large one
+            and one of as many bytes, whose rounds alternate with those of the variants.
         map_bytes: gives the peak memory in maps.
         predicted_s: for some variants the time that :mod:`benchmarks.predict` gives, put beside the measured one.
         with_latency: measure the wall time of a single call as well.
         with_graph: on CUDA, measure the replay of a CUDA graph as well.
+
+    Raises:
+        DeviceLost: an error has left the device unusable to this process; it is recorded as that of a variant.
     """
     recorder, device = context.recorder, context.device
+    with_graph = with_graph and device.type == "cuda"
+    suffixes = ("", GRAPH) if with_graph else ("",)
+    variants = {
+        variant: prepare
+        for variant, prepare in variants.items()
+        if any(recorder.chosen(f"{name}: {variant}{suffix}") for suffix in suffixes)
+    }
+    if not variants:
+        return
     ready: dict[str, Sequence[Closure]] = {}
     failed: dict[str, Exception] = {}
     begun = not recorder.spent
@@ -58,10 +73,18 @@ def measure_variants(
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # they hold tensors, which may be why memory ran out
                 failed[variant] = error
+                if loses_device(error):  # nothing can be timed after it: the case below says what happened
+                    variants, ready = {variant: prepare}, {}
+                    break
     timings: dict[str, Timing] = {}
+    same_size = 0
     try:
-        copy = {COPY: context.copy.closures} if floor_bytes and ready else {}
-        timings = compare({**ready, **copy}, device, seconds=context.seconds)
+        copies: dict[str, Sequence[Closure]] = {}
+        if floor_bytes and ready:
+            small = make_copy_of_size(device, floor_bytes)
+            same_size = small.bytes
+            copies = {COPY: context.copy.closures, COPY_OF_SAME_SIZE: small.closures}
+        timings = compare({**ready, **copies}, device, seconds=context.seconds, rounds=context.rounds)
     except Exception as error:  # the rounds alternate, so nobody has a figure then
         traceback.clear_frames(error.__traceback__)
         failed |= dict.fromkeys(ready, error)
@@ -79,6 +102,8 @@ def measure_variants(
             found["gb_per_s"] = floor_bytes / timing.median_s / 1e9
             found["copy_gb_per_s"] = context.copy.bytes / timings[COPY].median_s / 1e9
             found["share_of_copy"] = floor_bytes / context.copy.bytes * timing.times_faster_than(timings[COPY])
+            of_same_size = timing.times_faster_than(timings[COPY_OF_SAME_SIZE])
+            found["share_of_copy_of_same_size"] = floor_bytes / same_size * of_same_size
         if predicted_s and (predicted := predicted_s.get(variant)):
             found["predicted_s"] = predicted
             found["measured_over_predicted"] = timing.median_s / predicted
@@ -91,12 +116,22 @@ def measure_variants(
     for variant in variants:
         measure = partial(metrics, variant)
         recorder.case(f"{name}: {variant}", parameters | {"variant": variant}, measure, begun=begun)
-    if with_graph and device.type == "cuda":  # cases of their own: what cannot be captured still has its other figures
+    if with_graph:  # cases of their own: what cannot be captured still has its other figures
         for variant, closures in ready.items():
             labels = parameters | {"variant": variant, "operation": f"CUDA graph of {name.split()[0]}"}
-            recorder.case(f"{name}: {variant}: CUDA graph", labels, partial(_graph_metrics, closures), begun=begun)
+            recorder.case(f"{name}: {variant}{GRAPH}", labels, partial(_graph_metrics, closures), begun=begun)
+    release(device)  # the next case has other sizes
+
+
+GRAPH = ": CUDA graph"
+"""What the name of a graph's case ends with."""
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of what nobody holds any more back to the card."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the next case has other sizes
+        gc.collect()  # models and tracebacks hold themselves in cycles
+        torch.cuda.empty_cache()
 
 
 def _graph_metrics(closures: Sequence[Closure]) -> dict:

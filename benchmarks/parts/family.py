@@ -205,11 +205,13 @@ def differentiate(
 # ---- deformable attention -------------------------------------------------------------------------------------------------
 
 
-def measure_deformable_attention(context: Context, batch: int, mode: str) -> None:
+def measure_deformable_attention(context: Context, batch: int, mode: str, *, compile_peer: bool = False) -> None:
     """MMFuser's cross-attention: 576 queries into four maps of 24 x 24, 16 heads of 64 channels, 4 points.
 
-    Values, locations and weights are float32 on both sides: the released code casts them.
+    Values, locations and weights are float32 on both sides: the released code casts them. ``compile_peer`` adds torch.compile
+    of the code by ``grid_sample``.
     """
+    torch.compiler.reset()
     side, heads, width = (3, 2, 8) if context.tiny else (24, 16, 64)
     levels, points, queries = 4, 4, side * side
     spatial_shapes = ((side, side),) * levels
@@ -242,6 +244,8 @@ def measure_deformable_attention(context: Context, batch: int, mode: str) -> Non
     functions = {OURS: multi_scale_deformable_attention, BASELINE: grid_sample_deformable_attention}
     if mode == "trainable" and context.device.type == "cuda":  # the other way to sum the gradient of the value
         functions["igva_kernels, atomic additions"] = partial(multi_scale_deformable_attention, deterministic=False)
+    if compile_peer:
+        functions[COMPILE] = compiled(grid_sample_deformable_attention)
     sets: list[list[Tensor]] = []
 
     def prepare(name: str) -> list[Closure]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..context import Context
 from ..memory import method
 from ..timing import quantiles
+from ..variants import release
 
 MEASURES = """\
 stage 2 as in training: frozen CLIP-L/14-336, allocator, projector and a Llama with random weights trained in pure bfloat16
@@ -69,7 +70,7 @@ TINY_SETUP = Setup(
     llama(32, 64, 2, 4, 2, vocabulary=128),
     CLIP_L | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28},
     24,
-    32,
+    64,
     2,
     8,
 )
@@ -91,8 +92,7 @@ def run_part(context: Context) -> None:
     for fusion in ("igva", "llava"):
         parameters = {"setup": setup.name, "fusion": fusion, "batch": setup.batch, "text_tokens": setup.text_tokens}
         context.recorder.case(f"step {setup.name} {fusion}", parameters, partial(measure_step, context, setup, fusion))
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(context.device)
 
 
 def measure_step(context: Context, setup: Setup, fusion: str) -> dict:
@@ -117,13 +117,14 @@ def measure_step(context: Context, setup: Setup, fusion: str) -> dict:
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    median, low, high = quantiles([seconds(step, device) for _ in range(STEPS)])
+    rounds = context.rounds or STEPS
+    median, low, high = quantiles([seconds(step, device) for _ in range(rounds)])
     tokens = batch["input_ids"].numel()
     metrics = {
         "median_s": median,
         "low_s": low,
         "high_s": high,
-        "rounds": STEPS,
+        "rounds": rounds,
         "tokens_per_s": tokens / median,
         "tokens": tokens,
         "trained_parameters": sum(parameter.numel() for parameter in trained),

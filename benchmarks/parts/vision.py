@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from igva_kernels.modules import IGVAFusion, WeightAllocator
 from igva_kernels.towers import ReduceAt, stream_group_means
 
 from ..context import Context
-from ..peers import OfficialAllocator, official_fuse, official_summaries
+from ..peers import Groups, OfficialAllocator, compiled, official_fuse, official_summaries
 from ..sizes import CLIP_L_336, TINY, Tower
 from ..timing import Closure
 from ..variants import BASELINE, measure_variants, require_close
@@ -27,6 +27,8 @@ at the end of each group, or after each layer), with the official eager formulat
 fusion); device time, host time, peak memory, latency, and a CUDA graph of the whole side at B = 1."""
 
 SEED = 20261123
+COMPILE = "torch.compile"
+VARIANTS = ("igva_kernels", "streaming, by group", "streaming, by layer", BASELINE, "LLaVA-1.5")
 
 
 def run_part(context: Context) -> None:
@@ -35,11 +37,12 @@ def run_part(context: Context) -> None:
         measure_vision(context, batch)
 
 
-def measure_vision(context: Context, batch: int) -> None:
-    """Three vision sides on the same tower."""
+def measure_vision(context: Context, batch: int, variants: Iterable[str] = VARIANTS) -> None:
+    """Vision sides on the same tower; of ``torch.compile`` it is the official fusion with its allocator that is compiled."""
     tower = TINY if context.tiny else CLIP_L_336
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-    llm_dim, text_dim, hidden_dim = (64, 24, 32) if context.tiny else (4096, 768, 1024)
+    llm_dim, text_dim, hidden_dim = (64, 24, 64) if context.tiny else (4096, 768, 1024)
+    torch.compiler.reset()
     parts: dict[str, object] = {}
 
     def build() -> dict:
@@ -77,17 +80,19 @@ def measure_vision(context: Context, batch: int) -> None:
 
         return [call]
 
+    sides: dict[str, Callable[[], list[Closure]]] = {
+        "igva_kernels": partial(prepare, igva_side),
+        "streaming, by group": partial(prepare, igva_side, partial(group_means, tower, "group")),
+        "streaming, by layer": partial(prepare, igva_side, partial(group_means, tower, "layer")),
+        BASELINE: partial(prepare, official_side),
+        COMPILE: partial(prepare, partial(compiled_side, compiled(official_fusion))),
+        "LLaVA-1.5": partial(prepare, llava_side),
+    }
     measure_variants(
         context,
         f"vision {tower.name} B={batch}",
         {"tower": tower.name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "llm_dim": llm_dim},
-        {
-            "igva_kernels": partial(prepare, igva_side),
-            "streaming, by group": partial(prepare, igva_side, partial(group_means, tower, "group")),
-            "streaming, by layer": partial(prepare, igva_side, partial(group_means, tower, "layer")),
-            BASELINE: partial(prepare, official_side),
-            "LLaVA-1.5": partial(prepare, llava_side),
-        },
+        {variant: sides[variant] for variant in variants},
         with_latency=batch == 1,
         with_graph=batch == 1,
     )
@@ -131,8 +136,20 @@ def igva_side(parts: dict, tower: Tower, states: Sequence[Tensor] | GroupMeans) 
 
 
 def official_side(parts: dict, tower: Tower, states: Sequence[Tensor]) -> Tensor:
-    weights = parts["peer"](official_summaries(states, tower.groups), parts["embeds"])
-    return official_fuse(states, tower.groups, tower.num_layers - 1, weights, tower.num_prefix_tokens)
+    return compiled_side(official_fusion, parts, tower, states)
+
+
+def compiled_side(fusion: Callable[..., Tensor], parts: dict, tower: Tower, states: Sequence[Tensor]) -> Tensor:
+    """The side with :func:`official_fusion`, or with what torch.compile made of it."""
+    return fusion(parts["peer"], states, parts["embeds"], tower.groups, tower.num_layers - 1, tower.num_prefix_tokens)
+
+
+def official_fusion(
+    allocator: nn.Module, states: Sequence[Tensor], embeds: Tensor, groups: Groups, base: int, num_prefix_tokens: int
+) -> Tensor:
+    """Allocator and mix of the released code."""
+    weights = allocator(official_summaries(states, groups), embeds)
+    return official_fuse(states, groups, base, weights, num_prefix_tokens)
 
 
 def llava_side(parts: dict, tower: Tower, states: Sequence[Tensor]) -> Tensor:

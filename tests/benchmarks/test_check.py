@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.check import Results, WrongResult, official, require_correct
+from benchmarks.check import Results, WrongResult, backward_of, official, require_correct, run
 from benchmarks.context import Context
 from benchmarks.parts import kernels
+from benchmarks.peers import plain_sum_fuse
+from benchmarks.record import DeviceLost
 from benchmarks.sizes import TINY, TINY_NO_PREFIX, FuseCase, FuseInputs, make_inputs
 from benchmarks.variants import measure_variants
 
@@ -117,3 +120,61 @@ def test_a_failure_while_timing_is_recorded_and_the_run_goes_on(context: Context
     cases = context.recorder.document["cases"]
     assert [case["status"] for case in cases] == ["error", "error", "ok"]
     assert "out of memory" in cases[0]["error"]
+
+
+def test_a_lost_device_stops_at_its_variant(context: Context) -> None:
+    def lost() -> list:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    prepared: list[str] = []
+    with pytest.raises(DeviceLost, match="sum: a"):
+        measure_variants(context, "sum", {}, {"a": lost, "b": lambda: prepared.append("b") or [lambda: None]})
+    (case,) = context.recorder.document["cases"]
+    assert case["name"] == "sum: a" and case["status"] == "error" and not prepared
+
+
+def test_only_chosen_variants_are_prepared(context: Context) -> None:
+    context.recorder.only = re.compile(": b$")
+    measure_variants(context, "sum", {}, {"a": lambda: pytest.fail("prepared"), "b": lambda: [lambda: None]})
+    assert [case["name"] for case in context.recorder.document["cases"]] == ["sum: b"]
+
+
+def test_shares_of_both_copies(context: Context) -> None:
+    measure_variants(context, "sum", {}, {"a": lambda: [lambda: None]}, floor_bytes=4096)
+    (case,) = context.recorder.document["cases"]
+    assert case["metrics"]["share_of_copy"] > 0 and case["metrics"]["share_of_copy_of_same_size"] > 0
+
+
+@pytest.mark.parametrize("mode", ("frozen backward", "trainable backward"))
+@pytest.mark.parametrize("name", (kernels.OURS, kernels.EAGER))
+def test_the_backward_alone_gives_the_gradients_of_both_passes_again_and_again(mode: str, name: str) -> None:
+    case = FuseCase(TINY, 2, torch.float32, mode=mode)
+    inputs = make_inputs(case, torch.device("cpu"), SEED)
+    forwards: list[int] = []
+    variant = kernels.fuse_variant(case, name)
+
+    def counted(inputs: FuseInputs) -> Tensor:
+        forwards.append(1)
+        return variant(inputs)
+
+    both = run(case, variant, inputs)
+    call = backward_of(case, counted, inputs)
+    for _ in range(2):
+        grad_weights, *grad_states = call()
+        torch.testing.assert_close(grad_weights, both.grad_weights)
+        assert len(grad_states) == len(both.grad_states) == (4 if case.trains_states else 0)
+        for actual, expected in zip(grad_states, both.grad_states, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert len(forwards) == 1
+
+
+@pytest.mark.parametrize("tower", (TINY, TINY_NO_PREFIX), ids=lambda tower: tower.name)
+@pytest.mark.parametrize(("stage", "mode"), [(2, "forward"), (2, "trainable"), (1, "trainable")])
+def test_the_plain_sum_is_the_formula(tower, stage, mode) -> None:
+    case = FuseCase(tower, 5, torch.float32, stage, mode)
+    base = tower.num_layers - 1
+
+    def variant(inputs: FuseInputs) -> Tensor:
+        return plain_sum_fuse(inputs.hidden_states, tower.groups, base, inputs.weights, tower.num_prefix_tokens)
+
+    require_correct(case, variant, make_inputs(case, torch.device("cpu"), SEED))

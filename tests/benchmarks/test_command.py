@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from benchmarks.__main__ import PARTS, main
+from benchmarks.machine import parse_nvidia_smi
+from benchmarks.parts import kernels
+from benchmarks.parts.kernels import AUTOTUNE, AUTOTUNE_SUM, COMPILE, COMPILE_SUM
 from benchmarks.record import read_json
 from benchmarks.report import main as report
+from benchmarks.sizes import MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +49,16 @@ def test_help_says_what_every_part_measures() -> None:
 
 TITLES = {
     "tests": ("tests",),
-    "kernels": ("fuse, forward", "fuse, forward and backward, trainable tower", "group summaries", "weight allocator"),
+    "kernels": (
+        "fuse, forward",
+        "fuse, forward and backward, trainable tower",
+        "fuse, backward alone, frozen tower",
+        "fuse, backward alone, trainable tower",
+        "group summaries",
+        "weight allocator",
+    ),
+    "peers": ("fuse, forward and backward, frozen tower", "weight allocator", "vision side: tower, fusion, projector"),
+    "autotune": ("fuse, forward",),
     "family": ("other mixes, against the code of their authors",),
     "host": ("host",),
     "vision": ("vision side: tower, fusion, projector",),
@@ -62,18 +75,23 @@ TITLES = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_runs_without_extras(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / f"{part}.json"
-    done = run("-c", WITHOUT_EXTRAS, "--part", part, "--tiny", "--device", "cpu", "--out", str(out))
+    out = tmp_path / f"cpu-tiny-{part}.json"
+    arguments = ("--part", part, "--tiny", "--device", "cpu", "--out-dir", str(tmp_path))
+    done = run("-c", WITHOUT_EXTRAS, *arguments, IGVA_COMMIT="0123abc")
     assert done.returncode == 0, done.stdout + done.stderr
     document = read_json(out)
     assert document["part"] == part and document["complete"] and document["arguments"]["tiny"]
     assert {case["status"] for case in document["cases"]} == {"ok"}
     assert document["machine"]["versions"]["torch"] == torch.__version__
+    assert document["machine"]["commit"] == "0123abc"
     assert "its figures mean nothing" in done.stdout
     if part == "kernels":
         assert document["ceilings"]["copy"]["bytes_per_s"] > 0
         modes = {case["parameters"].get("mode") for case in document["cases"] if "fuse" in case["name"]}
-        assert modes == {"forward", "frozen", "trainable"}
+        assert modes == set(MODES)
+    if part in ("peers", "autotune"):
+        variants = {case["parameters"].get("variant") for case in document["cases"]}
+        assert {COMPILE, COMPILE_SUM} <= variants if part == "peers" else {AUTOTUNE, AUTOTUNE_SUM} <= variants
     if part == "training":
         igva, llava = (case["metrics"] for case in document["cases"])
         assert igva["fusion_share"] > 0 and "fusion_share" not in llava
@@ -125,6 +143,49 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) 
 def test_out_is_for_one_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--part", "all", "--device", "cpu", "--out", "x.json"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--cases", "("), ("--rounds", "0"), ("--rounds", "many")])
+def test_wrong_options_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--part", "kernels", "--device", "cpu", option, value])
+    assert stopped.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_one_case_with_three_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--part", "kernels", "--tiny", "--device", "cpu", "--out-dir", str(tmp_path), "--rounds", "3", "--cases"]
+    assert main([*arguments, "fuse tiny B=2 .* stage 2 forward"]) == 0
+    cases = read_json(tmp_path / "cpu-tiny-kernels.json")["cases"]
+    assert {(case["parameters"]["variant"], case["metrics"]["rounds"]) for case in cases} == {
+        ("igva_kernels", 3),
+        ("official eager", 3),
+    }
+    assert main([*arguments, "no case is called this"]) == 1
+    assert "no case is called this" in capsys.readouterr().out
+
+
+def test_a_lost_device_ends_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "matmul_flops", lost)
+    assert main(["--part", "kernels", "--tiny", "--device", "cpu", "--out-dir", str(tmp_path)]) == 1
+    first, second = read_json(tmp_path / "cpu-tiny-kernels.json")["cases"]
+    assert first["status"] == "ok" and second["status"] == "error"
+    assert "the device is lost" in capsys.readouterr().err
+
+
+def test_what_nvidia_smi_says() -> None:
+    found = parse_nvidia_smi("580.01, 345 MHz, 3201 MHz, 1980 MHz\n")
+    assert found == {
+        "driver_version": "580.01",
+        "clocks.sm": "345 MHz",
+        "clocks.mem": "3201 MHz",
+        "clocks.max.sm": "1980 MHz",
+    }
+    assert parse_nvidia_smi("") == {"driver_version": ""}
 
 
 def test_pytest_benchmark_suite_runs(tmp_path: Path) -> None:

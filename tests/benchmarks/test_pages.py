@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.pages import PAGES, fill, main
 from benchmarks.record import read_json
-from benchmarks.targets import TARGETS, outcomes, slower_than
+from benchmarks.targets import TARGETS, measured_cases, outcomes, slower_than
 
 ROOT = Path(__file__).parents[2]
 EMPTY = "before\n<!-- measured: {} -->\nstale\n<!-- end of measured -->\nafter\n"
@@ -40,6 +40,7 @@ def card(cpu_kernels: dict) -> dict:
         fuse_case("official eager", 4.5e-4, peak_maps=24.0),
         fuse_case("torch.compile", 2e-4, peak_maps=30.0),
         fuse_case("torch.compile max-autotune", 9e-5, peak_maps=30.0),
+        fuse_case("igva_kernels", 2e-4, mode="frozen backward", share_of_copy=0.91, peak_maps=0.0),
         fuse_case("igva_kernels", 3e-4, mode="frozen", share_of_copy=0.85, times_faster_than_official_eager=3.5, peak_maps=6.0),
     ]
     return document
@@ -103,10 +104,25 @@ def test_verdicts(card: dict) -> None:
     found = {outcome.target.figure: outcome for outcome in outcomes([card], "cuda")}
     assert found["forward, share of a copy beside it"].verdict == "yes"
     assert found["forward, share of a copy beside it"].measured == "B=16 bf16 96 %"
-    assert found["both passes, share of a copy"].verdict == "no"
+    assert found["both passes, share of a copy"].measured == "B=16 bf16 frozen 85 %"
+    assert found["backward alone, share of a copy"].measured == "B=16 bf16 frozen backward 91 %"
+    assert found["backward alone, share of a copy"].verdict == "yes"
     assert found["against the best of `torch.compile`"].verdict == "no"  # the faster of its two modes counts
     assert found["allocator, replay of a CUDA graph"].verdict == "not measured"
     assert len(found) == len(TARGETS["cuda"]) == len(outcomes([], "cuda"))
+
+
+def test_the_best_of_torch_compile_is_each_against_ours_of_the_same_part(card: dict) -> None:
+    peers, autotune = copy.deepcopy(card), copy.deepcopy(card)
+    card["cases"] = card["cases"][:2]
+    peers["part"], autotune["part"] = "peers", "autotune"
+    peers["cases"] = [fuse_case("igva_kernels", 1.2e-4), fuse_case("torch.compile of a plain sum", 1.5e-4)]
+    autotune["cases"] = [fuse_case("igva_kernels", 1e-4), fuse_case("torch.compile max-autotune", 1.6e-4)]
+    found = {outcome.target.figure: outcome for outcome in outcomes([card, peers, autotune], "cuda")}
+    assert found["against the best of `torch.compile`"].values == {"B=16 bf16": pytest.approx(1.5 / 1.2)}
+    assert found["forward, share of a copy beside it"].values == {"B=16 bf16": 0.96}  # of the part kernels
+    text = fill(EMPTY.format("performance"), [autotune, card, peers])
+    assert "| 16 | forward | bfloat16 | **0.1** | 0.45 | 0.15 | 0.16 | 4.5 |" in text and "of a plain sum" in text
 
 
 def test_tiny_runs_are_no_figures(card: dict) -> None:
@@ -119,10 +135,12 @@ def test_a_card_says_nothing_of_the_cpu(card: dict) -> None:
 
 
 def test_nobody_is_slower_than_itself(card: dict) -> None:
-    assert slower_than([case for case in card["cases"] if case["parameters"]["variant"] != "torch.compile max-autotune"]) == []
+    cases = [case for case in measured_cases(card) if case["parameters"]["variant"] != "torch.compile max-autotune"]
+    assert slower_than(cases) == []
 
 
 def test_vision_side_takes_the_faster_of_two(card: dict) -> None:
+    card["part"] = "vision"
     seconds = {"igva_kernels": 1.2, "streaming, by group": 1.02, "LLaVA-1.5": 1.0, "official eager": 2.0}
     card["cases"] = [
         {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.record import Recorder, read_json, summary_line, validate, write_json
+from benchmarks.record import LOST, DeviceLost, Recorder, loses_device, read_json, summary_line, validate, write_json
 
 
 def test_a_failing_case_is_recorded_and_the_others_go_on(recorder: Recorder, lines: list[str]) -> None:
@@ -92,3 +93,61 @@ def test_summary_line_shows_scalars_only() -> None:
 def test_a_case_that_began_in_time_is_recorded(tmp_path: Path, lines: list[str]) -> None:
     recorder = Recorder(tmp_path / "result.json", "kernels", {}, {}, budget_s=-1, show=lines.append)
     assert recorder.case("in time", {}, lambda: {"median_s": 1.0}, begun=True) == {"median_s": 1.0}
+
+
+def test_a_metric_that_is_no_number_fails_its_case_alone(recorder: Recorder) -> None:
+    recorder.case("first", {}, lambda: {"times": {"median_s": float("nan")}})
+    recorder.case("second", {}, lambda: {"median_s": 1.0})
+    assert recorder.finish() == 1
+    first, second = read_json(recorder.path)["cases"]
+    assert first["status"] == "error" and "times.median_s is nan" in first["error"] and second["status"] == "ok"
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_an_error_that_loses_the_device_is_written_and_stops(text: str, recorder: Recorder) -> None:
+    def fail() -> dict:
+        raise RuntimeError(f"CUDA error: {text.capitalize()} was encountered")
+
+    with pytest.raises(DeviceLost, match=r"^first: RuntimeError: CUDA error"):
+        recorder.case("first", {}, fail)
+    (case,) = read_json(recorder.path)["cases"]
+    assert case["status"] == "error" and recorder.finish() == 1
+
+
+def test_what_led_to_an_error_counts_and_memory_does_not() -> None:
+    try:
+        try:
+            raise RuntimeError("Triton Error [CUDA]: misaligned address")
+        except RuntimeError as error:
+            raise ValueError("the check failed") from error
+    except ValueError as error:
+        assert loses_device(error)
+    assert not loses_device(RuntimeError("CUDA out of memory"))
+
+
+def test_an_error_between_cases_is_a_failed_case(recorder: Recorder) -> None:
+    def run() -> None:
+        recorder.case("first", {}, lambda: {"median_s": 1.0})
+        raise ValueError("between")
+
+    recorder.guard("the part", run)
+    assert recorder.finish() == 1
+    assert [(case["name"], case["status"]) for case in read_json(recorder.path)["cases"]] == [
+        ("first", "ok"),
+        ("the part", "error"),
+    ]
+
+
+def test_only_the_chosen_cases_run(recorder: Recorder, lines: list[str]) -> None:
+    recorder.only = re.compile("B=1 .*forward")
+    ran: list[str] = []
+    for name in ("B=1 bf16 forward", "B=16 bf16 forward"):
+        recorder.case(name, {}, lambda name=name: ran.append(name) or {"median_s": 1.0})
+    assert ran == ["B=1 bf16 forward"] and recorder.finish() == 0
+
+
+def test_to_choose_no_case_is_an_error(recorder: Recorder, lines: list[str]) -> None:
+    recorder.only = re.compile("nothing is called this")
+    recorder.case("first", {}, lambda: {"median_s": 1.0})
+    assert recorder.finish() == 1
+    assert any("nothing is called this" in line for line in lines)

@@ -50,6 +50,14 @@ def test_a_copied_layer_outside_the_groups_is_read_as_well() -> None:
     assert forward_traffic(program, 1).reads == 4
 
 
+def test_backward_alone_is_the_rest_of_both_passes() -> None:
+    frozen = case_traffic(FuseCase(CLIP_L_336, 16, BF16, mode="frozen backward"))
+    assert (frozen.reads, frozen.writes) == (1 + 4, 0)  # the cotangent of the mixed slot and 4 means
+    trainable = case_traffic(FuseCase(CLIP_L_336, 16, BF16, mode="trainable backward"))
+    assert (trainable.reads, trainable.writes) == (2 + 4, 5)
+    assert trainable.extra_bytes == 5 * 16 * 1024 * 2
+
+
 def test_siglip_has_no_prefix_rows() -> None:
     traffic = case_traffic(FuseCase(SIGLIP_SO400M_384, 1, BF16, mode="trainable"))
     assert traffic.reads == 27 + 2 + 3 and traffic.extra_bytes == 0
@@ -66,7 +74,12 @@ def test_maps_of_different_size_do_not_add() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"mode": "backward"}, "mode"), ({"stage": 1, "mode": "frozen"}, "stage 1")]
+    ("arguments", "message"),
+    [
+        ({"mode": "backward"}, "mode"),
+        ({"stage": 1, "mode": "frozen"}, "stage 1"),
+        ({"stage": 1, "mode": "frozen backward"}, "stage 1"),
+    ],
 )
 def test_impossible_cases_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

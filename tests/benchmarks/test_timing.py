@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.bandwidth import copy_bandwidth, matmul_flops
+from benchmarks.bandwidth import copy_bandwidth, make_copy, make_copy_of_size, matmul_flops
 from benchmarks.timing import MAX_SETS, Timing, cache_bytes, compare, latency, num_input_sets, quantiles
 
 CPU = torch.device("cpu")
@@ -25,6 +25,19 @@ def test_rounds_of_variants_alternate_and_use_every_set() -> None:
         "b": (3, 2, "wall"),
     }
     assert all(0 <= timing.low_s <= timing.median_s <= timing.high_s for timing in timings.values())
+
+
+def test_the_number_of_rounds_can_be_given() -> None:
+    calls: list[int] = []
+    found = compare({"a": [lambda: calls.append(0)]}, CPU, seconds=100, rounds=3)["a"]
+    assert found.rounds == 3 and len(calls) == 2 * (2 + 3)  # two to warm up; before each an untimed call
+
+
+def test_a_copy_of_a_case_moves_as_many_bytes() -> None:
+    copy = make_copy_of_size(CPU, 1 << 20)
+    assert copy.bytes == 1 << 20
+    assert len(copy.closures) == min(MAX_SETS, -(-3 * cache_bytes(CPU) // copy.bytes))
+    assert len(make_copy_of_size(CPU, 4 * cache_bytes(CPU)).closures) == 1
 
 
 def test_quantiles() -> None:
@@ -56,7 +69,7 @@ def test_latency_times_single_calls() -> None:
 
 
 def test_ceilings_count_reads_and_writes() -> None:
-    copy = copy_bandwidth(CPU, tiny=True, seconds=0)
+    copy = copy_bandwidth(make_copy(CPU, tiny=True), CPU, seconds=0)
     assert copy.bytes_per_copy == 2 * (64 << 10)
     assert copy.bytes_per_s * copy.timing.median_s == pytest.approx(copy.bytes_per_copy)
     assert matmul_flops(CPU, torch.float32, size=16, seconds=0) > 0
