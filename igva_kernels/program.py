@@ -42,7 +42,7 @@ class Norm:
         if self.kind not in NORM_KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, NORM_KINDS))}, got {self.kind!r}")
         if not self.eps >= SMALLEST_EPS:
-            raise ValueError(f"eps must be at least {SMALLEST_EPS:.3g} (the smallest normal float32), got {self.eps!r}; usual is 1e-5")
+            raise ValueError(f"eps must be at least {SMALLEST_EPS:.3g}, the least normal float32, got {self.eps!r}; try 1e-5")
 
 
 PLAIN = -1

@@ -3,7 +3,7 @@
 import pytest
 
 from igva_kernels import FusionPlan, Layer, Mean, Norm, Weighted
-from igva_kernels.program import decode_program
+from igva_kernels.program import SMALLEST_EPS, decode_program
 
 
 def test_igva_groups_the_blocks_and_leaves_out_the_embedding():
@@ -87,7 +87,7 @@ def test_summaries_are_of_the_states_as_they_are():
     assert not plan.mix_program.has_norms  # it runs over finished means
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.1, 3.0])
+@pytest.mark.parametrize("eps", [SMALLEST_EPS, 1e-12, 1e-5, 0.1, 3.0])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_a_norm_crosses_the_operators_list_of_ints_to_the_last_bit(kind, eps):
     program = FusionPlan(2, (Mean((1, 2), norm=Norm(kind, eps)),)).program
