@@ -21,9 +21,18 @@ ACCESS_BYTES = 16
 """The widest load of one thread. The mix is bound by memory, and narrower accesses cost bandwidth."""
 
 THREADS = 128
-"""Threads of a program. The forward of IGVA takes 101 registers on sm_90 (tests/aot/budgets.json): 4 programs fit an
-SM, and a dozen loads of 16 bytes in flight in each of their threads are 96 KB, where 20 KB hide the latency of memory.
-Larger programs gain nothing and make the last wave coarser."""
+"""Threads of a program of the deformable kernels."""
+
+FLAT_THREADS = 128
+"""Threads of a program of a flat tile. The forward of IGVA takes 101 registers on sm_90 (tests/aot/budgets.json): 4 programs
+fit an SM, and a dozen loads of 16 bytes in flight in each of their threads are 96 KB, where 20 KB hide the latency of
+memory. Larger programs gain nothing and make the last wave coarser."""
+
+ACCESSES = 1
+"""Accesses of ACCESS_BYTES that a thread of a flat tile makes to each map."""
+
+EVICT_FIRST = True
+"""Whether the states are streamed past L2: the kernel that reads them is the last to do so while they could still be there."""
 
 ROW_REGISTERS = 128
 """Registers that the rows of a row tile may take in a thread, of the 255 that there are: the rest holds the loads in
@@ -43,10 +52,11 @@ class Tile:
     Attributes:
         block: elements of the tile, a power of two.
         vec: elements of one 128-bit access of the narrowest type that is read or written.
-        num_warps: so that a thread holds ``vec`` elements.
+        num_warps: so that a thread holds ``vec`` elements, or a few times as many.
         width: D.
         pieces: 0 for a flat tile. A row tile is one row, in so many pieces of ``block`` elements, of which the last may be
             part empty.
+        evict_first: whether states are read with the hint that nobody reads them again.
     """
 
     block: int
@@ -54,6 +64,7 @@ class Tile:
     num_warps: int
     width: int
     pieces: int = 0
+    evict_first: bool = EVICT_FIRST
 
     def count(self, num_rows: int) -> int:
         """Programs of one image with ``num_rows`` rows."""
@@ -88,7 +99,7 @@ def warps_of(threads: int) -> int:
 
 def flat_tile(vec: int, width: int) -> Tile:
     """A tile of consecutive elements that knows nothing of rows: no lane is idle, whatever D is."""
-    return Tile(block=vec * THREADS, vec=vec, num_warps=warps_of(THREADS), width=width)
+    return Tile(block=ACCESSES * vec * FLAT_THREADS, vec=vec, num_warps=warps_of(FLAT_THREADS), width=width)
 
 
 def narrow_tile(vec: int, width: int) -> Tile:

@@ -207,7 +207,7 @@ def launch_mix_backward(
             ACC=accumulator_of(grad_out.dtype, *(state.dtype for state in (streams.states if streams else ()))),
             BLOCK=tile.block,
             VEC=tile.vec,
-            EVICT_FIRST=True,  # the states are read for the last time here
+            EVICT_FIRST=tile.evict_first,
             num_warps=tile.num_warps,
             enable_fp_fusion=False,  # see tiles.py
         )

@@ -121,7 +121,7 @@ def launch_mix_forward(
             ACC=accumulator_of(*(state.dtype for state in streams.states)),
             BLOCK=tile.block,
             VEC=tile.vec,
-            EVICT_FIRST=True,  # nobody reads the states again while they could still be in L2
+            EVICT_FIRST=tile.evict_first,
             num_warps=tile.num_warps,
             enable_fp_fusion=False,  # see tiles.py
         )

@@ -346,7 +346,7 @@ def launch_row_backward(
             BLOCK=tile.block,
             VEC=tile.vec,
             PIECES=tile.pieces,
-            EVICT_FIRST=True,  # the states are read for the last time here
+            EVICT_FIRST=tile.evict_first,
             PIN=launch.pinning(),
             num_warps=tile.num_warps,
             enable_fp_fusion=False,  # see tiles.py

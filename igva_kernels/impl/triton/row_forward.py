@@ -245,7 +245,7 @@ def row_constants(
         "BLOCK": tile.block,
         "VEC": tile.vec,
         "PIECES": tile.pieces,
-        "EVICT_FIRST": True,  # nobody reads the states again while they could still be in L2
+        "EVICT_FIRST": tile.evict_first,
         "PIN": launch.pinning(),
         "num_warps": tile.num_warps,
         "enable_fp_fusion": False,  # see tiles.py
