@@ -177,7 +177,7 @@ def compile_kernel(name: str, tower: Tower, dtype: torch.dtype, target: str) -> 
     """
     import igva_kernels.impl.triton as kernels
 
-    aot = _aot()
+    aot = aot_tools()
     modules = [
         importlib.import_module(f"{kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)
     ]
@@ -209,7 +209,7 @@ def key(kernel: str, tower: Tower, dtype: torch.dtype, target: str) -> str:
 
 
 @cache
-def _aot() -> ModuleType:
+def aot_tools() -> ModuleType:
     """``tests/aot/machine_code.py``, which is on no import path."""
     spec = importlib.util.spec_from_file_location("aot_machine_code", ROOT / "tests" / "aot" / "machine_code.py")
     module = importlib.util.module_from_spec(spec)
