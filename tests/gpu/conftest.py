@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,14 @@ sys.modules.setdefault("fuzz", _fuzz)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests/gpu skipped: torch sees no CUDA or ROCm device")
+
+
+@pytest.fixture(autouse=True)
+def _gives_memory_back() -> Iterator[None]:
+    """Other tests run on the same card at the same time, and what the caching allocator of this process keeps is not theirs."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     make test-gpu-sanitizer
 
-runs these and the ``small`` tests of the allocator and of deformable attention under memcheck and racecheck. Without the caching
-allocator each input is an allocation of its own, so that memcheck sees an access past its end; outputs lie between guards. The
-checks are those of ``tests/fuzz``: float64, poisoned memory, inputs that stay as they are.
+runs these and the ``small`` tests of the allocator and of deformable attention under memcheck and racecheck. Without the
+caching allocator each input is an allocation of its own, so that memcheck sees an access past its end; outputs lie between
+guards. The checks are those of ``tests/fuzz``: float64, poisoned memory, inputs that stay as they are.
 """
 
 from __future__ import annotations
