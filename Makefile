@@ -10,7 +10,7 @@ PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-model test-triton-newest test-lmms-eval test-web \
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-gpu-sanitizer test-model test-triton-newest test-lmms-eval test-web \
         test-transformers-oldest test-quantized fuzz slow wheel-test quickstart kill-test compare benchmark pictures web gpu clean
 
 help:  ## this list
@@ -110,6 +110,15 @@ test-quantized:  ## language models in 8 and 4 bits with torchao and bitsandbyte
 test-gpu: install  ## the kernels on a card; skips with one line where there is none
 	$(RUN) -m pytest -q tests/gpu || [ $$? -eq 5 ]
 
+# Only our kernels are checked, by substrings of their names: torch's own would take hours. The caching allocator would hide an
+# access past the end of a tensor, and torch asks the driver for what some answer with an error, which is no error of a kernel.
+# The python is the one at hand, as for `make gpu`. The sanitizer's own status is 9.
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes application-only --report-api-errors no \
+    --error-exitcode 9 $(addprefix --kernel-name kns=,$(shell grep -oh '^def [a-z_]*_kernel' igva_kernels/impl/triton/*.py | cut -c5-))
+test-gpu-sanitizer:  ## the kernels on a card at small sizes, under compute-sanitizer: memcheck, then racecheck
+	$(SANITIZER) --tool memcheck $(PYTHON) -m pytest -q tests/gpu -k small -p no:cacheprovider
+	$(SANITIZER) --tool racecheck $(PYTHON) -m pytest -q tests/gpu -k small -p no:cacheprovider
+
 # A failing case prints the seed and the number that repeat it.
 N    ?= 10000
 SEED := $(or $(SEED),$(shell date +%s))
@@ -154,8 +163,9 @@ benchmark: install  ## fuse against the official eager formulation and torch.com
 pictures: install  ## the pictures of plans in docs/pictures, drawn again
 	$(RUN) -m igva_kernels.picture --page docs/plans.md
 
-gpu:  ## all GPU work of the project, with the python at hand: tests, kernels, vision, training
-	$(PYTHON) -m benchmarks --part all
+OUT ?= benchmarks/results
+gpu:  ## all GPU work of the project, with the python at hand, results into OUT (benchmarks/results)
+	$(PYTHON) -m benchmarks --part all --out-dir $(OUT)
 
 clean:  ## what the targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
