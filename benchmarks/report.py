@@ -193,7 +193,22 @@ TABLES: list[tuple[str, Callable[[dict], bool], dict[str, Cell]]] = [
         _operation("mix"),
         {"mix": _parameter("mix"), "mode": _parameter("mode")} | CASE | TIMES | FLOOR | MEMORY | {"": _metric("not_run", "{}")},
     ),
-    ("launch settings of the forward kernel", _operation("launch settings"), CASE | TIMES | FLOOR),
+    (
+        "launch settings",
+        _operation("launch settings"),
+        {"pass": _parameter("pass")}
+        | CASE
+        | TIMES
+        | {"× shipped": _metric("times_faster_than_shipped", "{:.3f}")}
+        | FLOOR
+        | {
+            "registers": _metric("registers", "{}"),
+            "spills": _metric("spills", "{}"),
+            "programs/processor": _metric("programs_per_processor", "{}"),
+            "waves": _metric("waves", "{:.2f}"),
+            "": _metric("not_run", "{}"),
+        },
+    ),
     (
         "host",
         _operation("host"),
