@@ -109,7 +109,7 @@ def run_two_steps(case: Case, inputs: Inputs, impl: str, means_dtype: torch.dtyp
         inputs.hidden_states,
         case.plan,
         num_prefix_tokens=case.prefix,
-        summary="mean_patch",
+        summary="cls" if case.prefix else "mean_patch",
         means_dtype=means_dtype,
         impl=impl,
     )
