@@ -10,8 +10,9 @@ PYTEST   := OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 PARALLEL ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-gpu-sanitizer test-model test-triton-newest test-lmms-eval test-web \
-        test-transformers-oldest test-quantized fuzz slow wheel-test quickstart kill-test compare benchmark pictures web gpu clean
+.PHONY: help install lint test test-library test-interpret test-aot test-gpu test-gpu-sanitizer test-model test-triton-newest \
+        test-lmms-eval test-web test-transformers-oldest test-quantized fuzz slow wheel-test quickstart kill-test compare \
+        benchmark pictures web gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

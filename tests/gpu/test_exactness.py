@@ -108,7 +108,10 @@ def test_summaries_and_their_gradients(clip, dtype, summary, make_states, assert
     for column, group in enumerate(clip.plan.groups):
         members = torch.stack([states[layer].detach()[:, rows] for layer in group])
         same, exact = members.mean(0).mean(1), members.double().mean((0, 2))
-        assert_as_exact_as(summaries[:, column], same, exact, slack=SLACK[dtype])
+        # The mean of some 3,500 numbers around zero is far smaller than they are, and their roundings with it: in the order of
+        # the kernel they come to 2.5 units of the largest mean, in that of torch to 1.5 or less.
+        slack = 8.0 if dtype in (torch.float32, torch.float64) else SLACK[dtype]
+        assert_as_exact_as(summaries[:, column], same, exact, slack=slack)
 
     grad = torch.randn_like(summaries)
     grads = dict(zip(clip.plan.sources, torch.autograd.grad(summaries, leaves, grad, allow_unused=True), strict=True))
