@@ -34,6 +34,8 @@ class Card:
         threads: resident threads of a processor.
         programs: resident programs of a processor.
         latency_s: of a load from memory under load; 600 to 800 ns are published for the H100.
+        shared_bytes: shared memory of a processor, for all resident programs.
+        shared_reserved: of it, what the system takes for each program.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Card:
     threads: int
     programs: int
     latency_s: float = 700e-9
+    shared_bytes: int = 228 << 10
+    shared_reserved: int = 1 << 10
 
 
 CARDS = (
@@ -67,8 +71,24 @@ CARDS = (
         8,
         2048,
         32,
+        shared_bytes=164 << 10,
     ),
-    Card("MI300X", ("MI300X",), "gfx942", 5.3e12, MEASURED_SHARE * 5.3e12, 304, 2.1e9, 1, 131072, 8, 2048, 32),
+    Card(
+        "MI300X",
+        ("MI300X",),
+        "gfx942",
+        5.3e12,
+        MEASURED_SHARE * 5.3e12,
+        304,
+        2.1e9,
+        1,
+        131072,
+        8,
+        2048,
+        32,
+        shared_bytes=64 << 10,
+        shared_reserved=0,
+    ),
 )
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -171,15 +171,10 @@ class Compiled:
     Args:
         code: what the time model knows of it.
         spills: instructions that put registers into local memory or take them back.
-        shared_bytes: shared memory of one program.
     """
 
     code: KernelCode
     spills: int
-    shared_bytes: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -215,8 +210,9 @@ def compile_setting(wanted: Wanted) -> Compiled | str:
             threads=wanted.setting.num_warps * 32,
             warp_size=32,
             programs_per_image=launch.grid[0],
+            shared_bytes=compiled.metadata.shared,
         )
-        return Compiled(code, len(re.findall(r"\s(?:LDL|STL)\b", listing)), compiled.metadata.shared)
+        return Compiled(code, len(re.findall(r"\s(?:LDL|STL)\b", listing)))
     except Exception as error:  # of ptxas, of Triton: a setting that cannot be compiled is a result
         return f"{type(error).__name__}: {error}"
 

@@ -149,6 +149,7 @@ class KernelCode:
         loads: 16-byte loads of one thread.
         programs_per_image: programs of one launch over B.
         loops: whether the code jumps backwards; ``instructions`` is then a lower bound.
+        shared_bytes: shared memory of one program; 0 also where it is not recorded.
     """
 
     instructions: int
@@ -159,6 +160,7 @@ class KernelCode:
     loads: int
     programs_per_image: int
     loops: bool
+    shared_bytes: int = 0
 
     def as_dict(self) -> dict[str, int | bool]:
         return asdict(self)
@@ -175,8 +177,9 @@ class Prediction:
         memory_s: its bytes at the bandwidth that the loads under way allow, at most that of a copy.
         issue_s: its instructions.
         tail_s: one program by itself.
-        resident_programs: of one processor, as many as its registers and threads allow.
-        waves: programs of the launch over those that are resident at once.
+        resident_programs: of one processor, as many as its registers, threads and shared memory allow.
+        waves: programs of the launch over those that are resident at once. The last one may be partial: few programs then share
+            the card, and Little's law may find too few bytes under way.
         bytes_in_flight: that the loads of one processor's programs keep under way at most.
         bytes_needed: by Little's law, of one processor.
     """
@@ -206,9 +209,16 @@ def predict(code: KernelCode, card: Card, batch: int, num_bytes: int, *, copy_by
     programs = code.programs_per_image * batch
     registers = math.ceil(code.registers / card.register_unit) * card.register_unit * code.threads
     resident = min(card.registers // registers, card.threads // code.threads, card.programs)
-    running = min(resident, programs / card.processors)  # a small launch does not fill the card
-    in_flight = running * code.threads * code.loads_in_flight * LOAD_BYTES
-    memory_s = num_bytes / min(bandwidth, in_flight * card.processors / card.latency_s)
+    if code.shared_bytes:
+        resident = min(resident, card.shared_bytes // (code.shared_bytes + card.shared_reserved))
+    waves = programs / (card.processors * resident)
+    in_flight = min(1, waves) * resident * code.threads * code.loads_in_flight * LOAD_BYTES
+    memory_s = 0.0
+    for share in (math.floor(waves), waves % 1):  # the full waves, and a partial one that does not fill the card
+        if share:
+            under_way = min(1, share) * resident * code.threads * code.loads_in_flight * LOAD_BYTES
+            bytes_per_s = min(bandwidth, under_way * card.processors / card.latency_s)
+            memory_s += num_bytes * (share / waves) / bytes_per_s
     warps = programs * code.threads // code.warp_size
     issue_s = warps * code.instructions / (card.processors * card.issue_per_clock * card.clock_hz)
     # a program alone waits for each batch of its loads in turn
@@ -221,7 +231,7 @@ def predict(code: KernelCode, card: Card, batch: int, num_bytes: int, *, copy_by
         issue_s=issue_s,
         tail_s=tail_s,
         resident_programs=resident,
-        waves=programs / (card.processors * resident),
+        waves=waves,
         bytes_in_flight=in_flight,
         bytes_needed=bandwidth * card.latency_s / card.processors,
     )

@@ -209,7 +209,7 @@ def advice(setting: LaunchSetting, shipped: LaunchSetting, dtype: torch.dtype) -
 
 def _launch_of(context: Context, name: str, case: FuseCase, compiled: Compiled) -> dict:
     """Registers, spills, residence and waves of a launch."""
-    found = {"registers": compiled.code.registers, "spills": compiled.spills, "shared_bytes": compiled.shared_bytes}
+    found = {"registers": compiled.code.registers, "spills": compiled.spills, "shared_bytes": compiled.code.shared_bytes}
     card = card_of(torch.cuda.get_device_name(context.device))
     if card is not None:
         num_bytes = kernel_bytes(name, case.tower, case.dtype, case.batch)

@@ -39,7 +39,7 @@ def test_a_memory_bound_launch() -> None:
     assert found.waves == pytest.approx(576 * 16 / (132 * 4))
     assert found.bytes_in_flight == 12 * 16 * 128 * 4
     assert found.bytes_needed == pytest.approx(3.0e12 * 700e-9 / 132)
-    assert found.floor_s == found.memory_s == pytest.approx(163.6e-6, rel=1e-3)
+    assert found.memory_s == pytest.approx(found.floor_s) and found.floor_s == pytest.approx(163.6e-6, rel=1e-3)
     # 36,864 warps, four a clock on 132 processors at 1.7 GHz
     assert found.issue_s == pytest.approx(36_864 * 800 / (132 * 4 * 1.7e9))
     assert found.tail_s == pytest.approx(2 * 700e-9)  # 24 loads, 12 at once
@@ -48,7 +48,7 @@ def test_a_memory_bound_launch() -> None:
 
 def test_few_loads_under_way_bound_the_memory() -> None:
     """Little's law: one load of 16 bytes in each of 2048 threads is 32 KB, twice what the H100 needs; of 512, half of that."""
-    thin = replace(FORWARD, loads_in_flight=1, registers=32)
+    thin = replace(FORWARD, loads_in_flight=1, registers=32, programs_per_image=132)  # of 16 images a full wave
     assert predict_launch(thin, H100, 16, BYTES).memory_s == pytest.approx(BYTES / 3.0e12)
     starved = replace(thin, registers=128)  # four programs of 128 threads
     found = predict_launch(starved, H100, 16, BYTES)
@@ -64,6 +64,21 @@ def test_many_instructions_bound_the_issue() -> None:
 def test_a_small_launch_does_not_fill_the_card() -> None:
     found = predict_launch(replace(FORWARD, programs_per_image=132), H100, 1, BYTES // 64)
     assert found.bytes_in_flight == 12 * 16 * 128 * 1
+
+
+def test_a_partial_last_wave_fills_the_card_less() -> None:
+    """132 processors with 4 programs each: 528 are a full wave; 12 more have too few loads for the bandwidth."""
+    full = predict_launch(replace(FORWARD, programs_per_image=528), H100, 1, 528 * 10_000)
+    partial = predict_launch(replace(FORWARD, programs_per_image=540), H100, 1, 540 * 10_000)
+    assert full.waves == 1 and full.memory_s == pytest.approx(528 * 10_000 / 3.0e12)
+    of_last = 12 * 128 * 12 * 16 / 700e-9  # programs, threads, loads of 16 bytes under way
+    assert of_last < 3.0e12
+    assert partial.memory_s == pytest.approx(full.memory_s + 12 * 10_000 / of_last)
+
+
+def test_shared_memory_bounds_the_programs_of_a_processor() -> None:
+    assert predict_launch(replace(FORWARD, shared_bytes=16), H100, 1, BYTES).resident_programs == 4
+    assert predict_launch(replace(FORWARD, shared_bytes=100 << 10), H100, 1, BYTES).resident_programs == 2
 
 
 def test_a_measured_copy_bandwidth_takes_the_place_of_the_tables() -> None:
