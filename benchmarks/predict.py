@@ -31,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.split("\n\n")[0])
     command.add_argument("--compile", action="store_true", help="compile the chosen kernels anew and write them to --file")
+    command.add_argument(
+        "--settings",
+        action="store_true",
+        help="instead: compile the launch settings of the part tune (minutes), print registers, spills and waves",
+    )
     command.add_argument("--file", type=Path, default=FILE, help="machine code (default: benchmarks/machine_code.json)")
     for name, values in (("card", [card.name for card in CARDS]), ("tower", TOWERS), ("kernel", KERNELS), ("dtype", DTYPES)):
         command.add_argument(f"--{name}", choices=list(values), action="append", help="may be repeated; default: all")
@@ -39,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     cards = [card for card in CARDS if options.card is None or card.name in options.card]
     towers = [TOWERS[name] for name in options.tower or TOWERS]
     kernels, dtypes = options.kernel or list(KERNELS), [DTYPES[name] for name in options.dtype or DTYPES]
+    if options.settings:
+        return show_settings(cards, kernels, towers, dtypes, options.batch or BATCHES)
     if options.compile:
         targets = TARGETS if options.card is None else dict.fromkeys(card.target for card in cards)
         compile_into(options.file, combinations(kernels, towers, dtypes), targets)
@@ -46,6 +53,46 @@ def main(arguments: list[str] | None = None) -> int:
     rows = predictions(codes, cards, kernels, towers, dtypes, options.batch or BATCHES)
     print("\n".join(table(({"row": row} for row in rows), COLUMNS)))
     return 0
+
+
+def show_settings(
+    cards: Iterable[Card],
+    kernels: Iterable[str],
+    towers: Iterable[Tower],
+    dtypes: Iterable[torch.dtype],
+    batches: Iterable[int],
+) -> int:
+    """Print each launch setting of the chosen kernels on the chosen cards of NVIDIA; the exit status."""
+    from .launch_settings import PASSES, Compiled, Wanted, can_compile_ahead, compile_all, settings_of
+
+    chosen = [card for card in cards if can_compile_ahead(card.target)]
+    combined = list(
+        product([name for name in PASSES if name in kernels], towers, dtypes, dict.fromkeys(c.target for c in chosen))
+    )
+    if not combined:
+        print(f"--settings: none of the chosen cards and kernels; it knows {PASSES} on cards of NVIDIA", file=sys.stderr)
+        return 2
+    wanted = [
+        Wanted(name, tower, dtype, setting, target)
+        for name, tower, dtype, target in combined
+        for setting in settings_of(name, dtype)
+    ]
+    failed, cases = 0, []
+    for each, found in compile_all(wanted).items():
+        if not isinstance(found, Compiled):
+            failed = 1
+            print(f"{each.name}: {each.setting.name}: {found}", file=sys.stderr)
+            continue
+        for card, batch in product(chosen, batches):
+            if card.target == each.target:
+                num_bytes = kernel_bytes(each.name, each.tower, each.dtype, batch)
+                launch = predict(found.code, card, batch, num_bytes)
+                row = Row(each.name, each.tower, each.dtype, batch, card, num_bytes, launch)
+                cases.append(
+                    {"row": row, "setting": each.setting.name, "registers": found.code.registers, "spills": found.spills}
+                )
+    print("\n".join(table(cases, SETTING_COLUMNS)))
+    return failed
 
 
 def compile_into(file: Path, wanted: Iterable[tuple[str, Tower, torch.dtype]], targets: Iterable[str]) -> None:
@@ -156,6 +203,16 @@ COLUMNS = {
     ),
     "predicted µs": lambda case: f"{case['row'].prediction.seconds * 1e6:.1f}",
     "share of floor": lambda case: f"{case['row'].prediction.floor_s / case['row'].prediction.seconds:.0%}",
+}
+
+SETTING_COLUMNS = {
+    **{name: COLUMNS[name] for name in ("card", "kernel", "dtype", "B")},
+    "setting": lambda case: case["setting"],
+    "registers": lambda case: str(case["registers"]),
+    "spills": lambda case: str(case["spills"]),
+    "programs/processor": COLUMNS["programs/processor"],
+    "waves": lambda case: f"{case['row'].prediction.waves:.2f}",
+    "predicted µs": COLUMNS["predicted µs"],
 }
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import one_launch
+from benchmarks import launch_settings, one_launch, predict
 from benchmarks.check import WrongResult
 from benchmarks.context import Context
 from benchmarks.sizes import CLIP_L_336, TINY, FuseCase
 
 pytest.importorskip("triton")
 
-from benchmarks.launch_settings import FORWARDS, PASSES, LaunchSetting, settings_of, shipped_setting
+from benchmarks.launch_settings import FORWARDS, PASSES, Compiled, LaunchSetting, Wanted, settings_of, shipped_setting
 from benchmarks.parts import tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +108,21 @@ def test_one_launch_needs_a_card(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is a GPU")
     assert one_launch.main([]) == 2
     assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_settings_are_put_beside_each_other(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code = predict.read_codes()["forward | CLIP-L/14-336 | bfloat16 | sm_90"]
+
+    def compiled(wanted: list[Wanted]) -> dict[Wanted, Compiled | str]:
+        return {each: Compiled(code, 7) if each.setting.num_warps < 8 else "PTXASError: no" for each in wanted}
+
+    monkeypatch.setattr(launch_settings, "compile_all", compiled)
+    monkeypatch.setattr(launch_settings, "can_compile_ahead", lambda target: target == "sm_90")
+    chosen = ["--settings", "--tower", CLIP_L_336.name, "--kernel", "forward", "--dtype", "bfloat16", "--batch", "1"]
+    assert predict.main([*chosen, "--card", "H100 SXM"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("| 7 |") == 12 and shown.err.count("PTXASError") == 4
+    assert predict.main([*chosen, "--card", "MI300X"]) == 2
 
 
 EVERY_SETTING = """
