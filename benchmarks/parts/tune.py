@@ -334,6 +334,8 @@ def measure_settings(
     """
     recorder = context.recorder
     label = f"launch settings {name}, {case.tower.name} B={case.batch} {str(case.dtype).removeprefix('torch.')}"
+    if not any(recorder.chosen(f"{label}: {variant}") for variant in variants):
+        return {}
     begun = not recorder.spent
     ready: dict[str, Sequence[Closure]] = {}
     failed: dict[str, Exception] = {}
@@ -352,7 +354,9 @@ def measure_settings(
     if ready:
         try:
             limits = {"min_rounds": 1, "max_rounds": 1} if context.tiny else {}
-            timings = compare({**ready, COPY: context.copy.closures}, context.device, seconds=context.seconds, **limits)
+            timings = compare(
+                {**ready, COPY: context.copy.closures}, context.device, seconds=context.seconds, rounds=context.rounds, **limits
+            )
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             failed |= dict.fromkeys(ready, error)
