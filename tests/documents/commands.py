@@ -153,6 +153,7 @@ _PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "benchmarks.report": lambda: _recorded_parser("benchmarks.report"),
     "benchmarks.predict": lambda: _recorded_parser("benchmarks.predict"),
     "benchmarks.pages": lambda: _recorded_parser("benchmarks.pages"),
+    "benchmarks.one_launch": lambda: _recorded_parser("benchmarks.one_launch"),
     "igva_kernels.picture": lambda: importlib.import_module("igva_kernels.picture")._parser(),
 }
 
