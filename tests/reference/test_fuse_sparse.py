@@ -139,3 +139,25 @@ def test_errors_name_the_part_that_is_wrong(values, indices, error, words, make_
     plan = FusionPlan.mixture_of_layers(3)
     with pytest.raises(error, match=words):
         fuse(make_states(plan), plan, SparseWeights(values, indices), num_prefix_tokens=1)
+
+
+def test_plain_torch_reads_only_the_layers_that_a_tile_names(monkeypatch) -> None:
+    """Forward and backward: a layer that none of the tokens names is not added to anything."""
+    from igva_kernels.impl import cpu
+
+    read: list[int] = []
+    accumulate = cpu._accumulate
+
+    def noted(accumulator, value, norm, *, first):
+        read.append(int(value.flatten()[0]))
+        accumulate(accumulator, value, norm, first=first)
+
+    monkeypatch.setattr(cpu, "_accumulate", noted)
+    plan = FusionPlan.scalar_mix(4)  # a group for each of h0 .. h4
+    states = [torch.full((2, 3, 8), float(layer)) for layer in range(5)]
+    values = torch.rand(2, 3, 2).requires_grad_()
+    indices = torch.tensor([1, 3]).expand(2, 3, 2)
+    out = fuse(states, plan, SparseWeights(values, indices), num_prefix_tokens=0, impl="torch")
+    assert sorted(read) == [1, 3]
+    out.sum().backward()
+    assert sorted(read) == [1, 1, 3, 3]
