@@ -21,7 +21,7 @@ from .cards import CARDS, Card
 from .machine_code import DTYPES, FILE, KERNELS, TARGETS, TOWERS, combinations, compile_kernel, key
 from .record import write_json
 from .report import table
-from .roofline import START_S, KernelCode, Prediction, predict
+from .roofline import START_S, KernelCode, Prediction, case_traffic, official_forward_traffic, predict
 from .sizes import FuseCase, Tower
 
 BATCHES = (1, 4, 16, 64)
@@ -51,8 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
         compile_into(options.file, combinations(kernels, towers, dtypes), targets)
     codes = read_codes(options.file)
     rows = predictions(codes, cards, kernels, towers, dtypes, options.batch or BATCHES)
+    print("\n".join(maps_of_calls(towers)), end="\n\n")
     print("\n".join(table(({"row": row} for row in rows), COLUMNS)))
     return 0
+
+
+def maps_of_calls(towers: Iterable[Tower]) -> Iterator[str]:
+    """A line for each tower: the maps of (B, N, D) that a call of stage 2 moves, whatever the card."""
+    for tower in towers:
+        cases = [FuseCase(tower, 1, torch.bfloat16, mode=mode) for mode in ("forward", "frozen", "trainable")]
+        moved = ", ".join(f"{case.mode} {case_traffic(case).maps}" for case in cases)
+        official = official_forward_traffic(cases[0]).maps
+        yield f"{tower.name}, maps of (B, N, D) read and written: {moved}; by the official formulation, forward: {official}"
 
 
 def show_settings(

@@ -195,7 +195,8 @@ def test_nothing_is_predicted_of_what_is_not_known() -> None:
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["--card", "H200", "--tower", CLIP_L_336.name, "--kernel", "forward", "--batch", "16"]) == 0
-    header, rule, *rows = capsys.readouterr().out.strip().splitlines()
+    maps, _, header, rule, *rows = capsys.readouterr().out.strip().splitlines()
+    assert maps.endswith("forward 26, frozen 35, trainable 41; by the official formulation, forward: 101")
     assert "predicted µs" in header and len(rows) == 2 and {line.count("|") for line in (rule, *rows)} == {header.count("|")}
 
 
